@@ -1,0 +1,378 @@
+"""The frozen public types of the engine: what goes in, what comes out.
+
+They check themselves when made, so that a request that exists is a request that can be served, and
+they hold numpy arrays only: importing them (or a room beside them) never imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import SpeechError
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+
+SAMPLE_RATE = 24_000
+"""Hz of everything the engine gives out (S3Gen's own rate)."""
+
+MAX_SEED = 2**63 - 1
+
+
+def _frozen(array: NDArray, dtype: type) -> NDArray:
+    """A private copy that nobody can write to."""
+    copy = np.array(array, dtype=dtype, order="C", copy=True)
+    copy.setflags(write=False)
+    return copy
+
+
+@dataclass(frozen=True, eq=False)
+class VoicePrompt:
+    """A recording of the voice to speak with.
+
+    Args:
+        audio: float (T,) mono in [-1, 1]; copied and made read-only.
+        sample_rate: Hz.
+
+    Raises:
+        SpeechError: reference_unreadable when it is not finite mono audio.
+    """
+
+    audio: FloatArray
+    sample_rate: int
+
+    def __post_init__(self) -> None:
+        audio = np.asarray(self.audio)
+        if audio.ndim != 1 or audio.size == 0 or not np.issubdtype(audio.dtype, np.floating):
+            raise SpeechError(
+                "reference_unreadable",
+                f"expected float mono audio of shape (T,), got {audio.dtype} {audio.shape}",
+                "audio",
+            )
+        if not np.isfinite(audio).all():
+            raise SpeechError("reference_unreadable", "the audio holds NaN or infinity", "audio")
+        if not 4_000 <= self.sample_rate <= 384_000:
+            raise SpeechError(
+                "reference_unreadable",
+                f"expected a sample rate from 4000 to 384000 Hz, got {self.sample_rate}",
+                "sample_rate",
+            )
+        object.__setattr__(self, "audio", _frozen(audio, np.float32))
+
+    @property
+    def duration_s(self) -> float:
+        return self.audio.size / self.sample_rate
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Content hash: equal audio at an equal rate has an equal key, on any machine."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self.sample_rate.to_bytes(4, "little"))
+        digest.update(self.audio.astype("<f4", copy=False).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Conditionals:
+    """What a voice prompt becomes: all that T3 and S3Gen need to know of a voice.
+
+    Valid for one model family and one checkpoint only; `model_key` says which.
+
+    Args:
+        key: the prompt's content hash combined with `model_key`.
+        model_key: family, checkpoint fingerprint and preprocessing version.
+        speaker_embedding: float32 (256,) voice-encoder embedding, for T3.
+        t3_prompt_tokens: int32 (N,) speech tokens of the prompt's start, for T3.
+        s3_prompt_tokens: int32 (M,) speech tokens of the decoder reference, for S3Gen.
+        s3_prompt_mel: float32 (F, 80) log-mel frames of the decoder reference, 50 per second.
+        s3_embedding: float32 (192,) CAMPPlus x-vector, for S3Gen.
+    """
+
+    key: str
+    model_key: str
+    speaker_embedding: FloatArray
+    t3_prompt_tokens: IntArray
+    s3_prompt_tokens: IntArray
+    s3_prompt_mel: FloatArray
+    s3_embedding: FloatArray
+
+    def __post_init__(self) -> None:
+        for name, dtype in _CONDITIONAL_ARRAYS.items():
+            object.__setattr__(self, name, _frozen(getattr(self, name), dtype))
+        assert self.speaker_embedding.ndim == 1, self.speaker_embedding.shape
+        assert self.s3_prompt_mel.ndim == 2 and self.s3_prompt_mel.shape[1] == 80, self.s3_prompt_mel.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in _CONDITIONAL_ARRAYS)
+
+    def to_bytes(self) -> bytes:
+        """Serialise as safetensors; `from_bytes` reads it back exactly."""
+        from safetensors.numpy import save
+
+        arrays = {name: np.asarray(getattr(self, name)) for name in _CONDITIONAL_ARRAYS}
+        return save(arrays, metadata={"format": "conditionals/1", "key": self.key, "model_key": self.model_key})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Conditionals:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            ValueError: when the data is damaged or of another format.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            header_length = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + header_length])["__metadata__"]
+            if metadata["format"] != "conditionals/1":
+                raise ValueError(f"unknown conditionals format {metadata['format']!r}")
+            return cls(key=metadata["key"], model_key=metadata["model_key"], **load(data))
+        except (SafetensorError, KeyError, TypeError, UnicodeDecodeError, AssertionError) as error:
+            raise ValueError(f"damaged conditionals: {error}") from error
+
+
+_CONDITIONAL_ARRAYS: Mapping[str, type] = {
+    "speaker_embedding": np.float32,
+    "t3_prompt_tokens": np.int32,
+    "s3_prompt_tokens": np.int32,
+    "s3_prompt_mel": np.float32,
+    "s3_embedding": np.float32,
+}
+
+Voice = VoicePrompt | Conditionals
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of text with its own voice, language or following pause.
+
+    Args:
+        text: what to say.
+        voice: None for the request's voice.
+        language: ISO 639-1 code; None for the request's language.
+        pause_after_s: silence after the segment, seconds; None for the default pause.
+    """
+
+    text: str
+    voice: Voice | None = None
+    language: str | None = None
+    pause_after_s: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_text(self.text)
+        if self.pause_after_s is not None:
+            _check_number("pause_after_s", self.pause_after_s, 0.0, 60.0)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a speech parameter may take."""
+
+    low: float
+    high: float
+    integer: bool = False
+
+
+PARAMETERS: Mapping[str, Range] = {
+    "temperature": Range(0.05, 5.0),
+    "top_p": Range(1e-6, 1.0),
+    "top_k": Range(1, 10_000, integer=True),
+    "min_p": Range(0.0, 1.0),
+    "repetition_penalty": Range(1.0, 5.0),
+    "exaggeration": Range(0.0, 2.0),
+    "cfg_weight": Range(0.0, 3.0),
+    "max_new_tokens": Range(1, 4_000, integer=True),
+}
+"""Speech parameters of a request and their bounds. What a model does not have is a warning in the
+result, never an error (see `ModelSpec.parameters`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechRequest:
+    """What to say and how. None means the model's default.
+
+    Args:
+        text: what to say, or
+        segments: several stretches of text; exactly one of the two.
+        voice: a prompt or ready conditionals; None for the model's built-in voice.
+        language: ISO 639-1 code.
+        seed: 0 to 2**63 - 1; None draws one, which the result names.
+        temperature, top_p, top_k, min_p, repetition_penalty: sampling of speech tokens.
+        exaggeration: emotion intensity, 0.5 is neutral (original, multilingual).
+        cfg_weight: classifier-free guidance of the decoder, 0 turns it off (original, multilingual).
+        max_new_tokens: upper bound of speech tokens per chunk (25 per second).
+
+    Raises:
+        SpeechError: text_empty, invalid_request.
+    """
+
+    text: str | None = None
+    segments: tuple[Segment, ...] = ()
+    voice: Voice | None = None
+    language: str = "en"
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    exaggeration: float | None = None
+    cfg_weight: float | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segments", tuple(self.segments))
+        if (self.text is None) == (not self.segments):
+            raise SpeechError("invalid_request", "expected exactly one of text and segments", "text")
+        if self.text is not None:
+            _check_text(self.text)
+        if self.seed is not None:
+            _check_number("seed", self.seed, 0, MAX_SEED, integer=True)
+        for name, bounds in PARAMETERS.items():
+            value = getattr(self, name)
+            if value is not None:
+                _check_number(name, value, bounds.low, bounds.high, integer=bounds.integer)
+
+    @property
+    def all_segments(self) -> tuple[Segment, ...]:
+        """The request as segments: `text` is a single one."""
+        return self.segments if self.text is None else (Segment(self.text),)
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise SpeechError("invalid_request", f"expected text, got {type(text).__name__}", "text")
+    if not any(character.isalnum() for character in text):
+        raise SpeechError("text_empty", "the text holds nothing that can be spoken", "text")
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, integer: bool = False) -> None:
+    expected = f"expected {'an integer' if integer else 'a number'} from {low:g} to {high:g}"
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise SpeechError("invalid_request", f"{name}: {expected}, got {value!r}", name)
+    if not math.isfinite(value) or not low <= value <= high:
+        raise SpeechError("invalid_request", f"{name}: {expected}, got {value!r}", name)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One stretch of text as it was spoken.
+
+    Args:
+        index: position in the request, from 0.
+        text: the text as the caller wrote it.
+        start_s, end_s: where it lies in the waveform, seconds.
+        attempts: how often it was decoded.
+        flags: what the guard found in the kept attempt, empty when all is well.
+    """
+
+    index: int
+    text: str
+    start_s: float
+    end_s: float
+    attempts: int = 1
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Speech:
+    """A finished utterance.
+
+    Args:
+        waveform: float32 (T,) mono in [-1, 1].
+        sample_rate: Hz.
+        chunks: the spoken stretches of text, in order.
+        seed: the seed that gives this audio again.
+        model: the name of the model that spoke.
+        watermarked: whether the Perth watermark is in the audio and was found there.
+        timings: seconds by stage (queue, condition, prefill, decode, vocode, master, total).
+        warnings: what was asked for and could not be done, in words.
+    """
+
+    waveform: FloatArray
+    sample_rate: int
+    chunks: tuple[Chunk, ...]
+    seed: int
+    model: str
+    watermarked: bool
+    timings: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def duration_s(self) -> float:
+        return self.waveform.size / self.sample_rate
+
+
+@dataclass(frozen=True, eq=False)
+class SpeechPiece:
+    """A piece of a stream. Pieces follow each other without gap; the last is `final`.
+
+    Args:
+        seq: position in the stream, from 0.
+        waveform: float32 (T,) mono.
+        sample_rate: Hz.
+        final: whether the stream ends here.
+        speech: on the final piece, the whole result; its waveform is empty (the pieces carry it).
+    """
+
+    seq: int
+    waveform: FloatArray
+    sample_rate: int
+    final: bool
+    speech: Speech | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is loaded.
+
+    Args:
+        model: a name of `engine.models.MODELS`, or "draft".
+        model_dir: folder with the weights; None looks in the Hugging Face cache, then downloads.
+        model_revision: hub revision (commit, tag or branch); None for the default branch.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        dtype: "auto", "float32" or "bfloat16", of T3 and the flow; the vocoder stays float32.
+        max_rows: decoder rows at once; None chooses from the device's memory.
+        watermark: mark all audio. Turning it off is for measurements only.
+        max_chunk_chars: the longest stretch of text decoded at once.
+        num_threads: CPU threads; None chooses from the machine.
+        allow_download: whether a missing checkpoint may be fetched from the hub.
+    """
+
+    model: str = "turbo"
+    model_dir: Path | str | None = None
+    model_revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_rows: int | None = None
+    watermark: bool = True
+    max_chunk_chars: int = 280
+    num_threads: int | None = None
+    allow_download: bool = True
+
+    def __post_init__(self) -> None:
+        if self.model_dir is not None:
+            object.__setattr__(self, "model_dir", Path(self.model_dir))
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise SpeechError(
+                "invalid_request", f"expected dtype auto, float32 or bfloat16, got {self.dtype!r}", "dtype"
+            )
+        if self.max_rows is not None:
+            _check_number("max_rows", self.max_rows, 1, 4096, integer=True)
+        _check_number("max_chunk_chars", self.max_chunk_chars, 40, 1000, integer=True)
+
+    def replace(self, **changes: object) -> EngineConfig:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
