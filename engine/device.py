@@ -1,0 +1,345 @@
+"""Which device, which dtype, how many threads, and why.
+
+What was found on the machine (`engine.machine.Probe`) is kept apart from what follows from it
+(`choose`, a pure function), so that the decisions for a GPU, a server CPU and an Apple laptop are
+tested on any machine. What is process-wide by nature in torch is set in one place, `apply`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.errors import SpeechError
+from engine.machine import Probe, probe
+
+MIN_BF16_GAIN = 1.1
+"""How much faster bf16 must be measured before it is worth its lost digits; below lies timing noise."""
+
+FLOW_ROWS = 256
+"""Rows at which bf16 is measured for the flow, which multiplies whole mel sequences."""
+
+_BF16_CAPABILITY = (8, 0)
+"""Ampere: the first CUDA capability with bf16 and TF32 in hardware (CUDA C Programming Guide)."""
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What was decided.
+
+    Args:
+        device: "cpu", "mps" or "cuda:N".
+        dtype: "float32" or "bfloat16", of T3's weights.
+        num_threads: of torch on the CPU.
+        reasons: why, one sentence per decision.
+        warnings: what the user should know.
+        flow_dtype: of the flow's autocast. The vocoder is float32 always.
+        allow_tf32: whether float32 products that are left beside bf16 may use TF32.
+    """
+
+    device: str
+    dtype: str
+    num_threads: int
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    flow_dtype: str = "float32"
+    allow_tf32: bool = False
+
+    @property
+    def device_type(self) -> str:
+        return self.device.partition(":")[0]
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+@dataclass(frozen=True)
+class _Choice:
+    value: str
+    reason: str
+    warning: str | None = None
+
+
+# ---------------------------------------------------------------------------------------- deciding
+
+
+def choose(probe: Probe, device: str = "auto", dtype: str = "auto", num_threads: int | None = None) -> DevicePlan:
+    """Decide from what was probed; the same probe gives the same plan.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        dtype: "auto", "float32" or "bfloat16".
+        num_threads: None for one per performance core.
+
+    Raises:
+        SpeechError: invalid_request naming `device`, `dtype` or `num_threads`, when it is not a value there is
+            or the device is not on this machine.
+    """
+    place = _choose_device(probe, device)
+    t3 = _choose_dtype(probe, place.value, dtype, probe.bf16_gain, "T3")
+    flow = _choose_dtype(probe, place.value, dtype, probe.bf16_flow_gain, "flow")
+    threads, threads_reason = _choose_threads(probe, num_threads)
+    return DevicePlan(
+        device=place.value,
+        dtype=t3.value,
+        num_threads=threads,
+        reasons=(place.reason, t3.reason, flow.reason, threads_reason),
+        warnings=tuple(choice.warning for choice in (place, t3) if choice.warning),
+        flow_dtype=flow.value,
+        # Whoever asks for float32 on such a card asks for its digits; beside bf16 TF32 is the more exact of the two.
+        allow_tf32=place.value.startswith("cuda") and t3.value == "bfloat16" and _has_bf16(probe, place.value),
+    )
+
+
+def _choose_device(probe: Probe, wanted: str) -> _Choice:
+    if wanted == "auto":
+        return _choose_any_device(probe)
+    if wanted == "cpu":
+        return _Choice("cpu", "cpu: asked for")
+    if wanted == "mps":
+        return _choose_mps(probe)
+    if re.fullmatch(r"cuda(:\d+)?", wanted):
+        return _choose_cuda(probe, int(wanted.partition(":")[2] or 0))
+    raise SpeechError("invalid_request", f"expected device auto, cpu, cuda, cuda:N or mps, got {wanted!r}", "device")
+
+
+def _choose_any_device(probe: Probe) -> _Choice:
+    if probe.cuda and _has_kernels(probe.cuda[0].capability, probe.cuda_arches):
+        return _Choice("cuda:0", f"cuda:0: {probe.cuda[0].name} is there")
+    if probe.cuda:
+        return _Choice("cpu", "cpu: the GPU cannot be used", f"speaking on the CPU: {_no_kernels(probe, 0)}")
+    if probe.system == "Darwin":
+        return _Choice("cpu", "cpu: the reliable default on Apple machines; DEVICE=mps tries the GPU")
+    return _Choice("cpu", "cpu: no GPU was found")
+
+
+def _choose_mps(probe: Probe) -> _Choice:
+    if not probe.mps_available:
+        why = "this torch is built without it" if not probe.mps_built else "macOS does not offer a Metal GPU here"
+        raise SpeechError("invalid_request", f"device mps is not available: {why}", "device")
+    return _Choice("mps", "mps: asked for; kept if a probe utterance succeeds")
+
+
+def _choose_cuda(probe: Probe, index: int) -> _Choice:
+    if index >= len(probe.cuda):
+        found = f"{len(probe.cuda)} found" if probe.cuda else "torch sees no NVIDIA GPU"
+        raise SpeechError("invalid_request", f"device cuda:{index} is not available: {found}", "device")
+    if not _has_kernels(probe.cuda[index].capability, probe.cuda_arches):
+        raise SpeechError(
+            "invalid_request", f"device cuda:{index} cannot be used: {_no_kernels(probe, index)}", "device"
+        )
+    return _Choice(f"cuda:{index}", f"cuda:{index}: asked for ({probe.cuda[index].name})")
+
+
+def _has_kernels(capability: tuple[int, int], arches: tuple[str, ...]) -> bool:
+    """Binaries (sm_XY) run on the same major and an equal or higher minor, PTX (compute_XY) on all that is newer."""
+    if not arches:
+        return True
+    built = [match for arch in arches if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch))]
+    return any(
+        (kind == "sm" and int(major) == capability[0] and int(minor) <= capability[1])
+        or (kind == "compute" and (int(major), int(minor)) <= capability)
+        for kind, major, minor in (match.groups() for match in built)
+    )
+
+
+def _no_kernels(probe: Probe, index: int) -> str:
+    gpu = probe.cuda[index]
+    major, minor = gpu.capability
+    return f"this torch has no kernels for {gpu.name} (sm_{major}{minor}; it has {', '.join(probe.cuda_arches)})"
+
+
+def _has_bf16(probe: Probe, device: str) -> bool:
+    return probe.cuda[int(device.partition(":")[2])].capability >= _BF16_CAPABILITY
+
+
+def _choose_dtype(probe: Probe, device: str, wanted: str, gain: float | None, part: str) -> _Choice:
+    if wanted not in ("auto", "float32", "bfloat16"):
+        raise SpeechError("invalid_request", f"expected dtype auto, float32 or bfloat16, got {wanted!r}", "dtype")
+    emulated = wanted == "bfloat16" and device.startswith("cuda") and not _has_bf16(probe, device)
+    if wanted != "auto":
+        warning = "this GPU emulates bfloat16; float32 is faster here" if emulated else None
+        return _Choice(wanted, f"{part} {wanted}: asked for", warning)
+    if device == "mps":
+        return _Choice("float32", f"{part} float32: bf16 is not measured on mps")
+    if device.startswith("cuda"):
+        if _has_bf16(probe, device):
+            return _Choice("bfloat16", f"{part} bfloat16: half the bytes to read, and reading bounds decoding on a GPU")
+        return _Choice("float32", f"{part} float32: this GPU has no bf16 in hardware")
+    return _choose_measured(gain, part, native=probe.cpu_bf16)
+
+
+def _choose_measured(gain: float | None, part: str, *, native: bool) -> _Choice:
+    if gain is None:
+        return _Choice("float32", f"{part} float32: bf16 was not measured on this CPU")
+    value = "bfloat16" if gain >= MIN_BF16_GAIN else "float32"
+    hardware = "with" if native else "without"
+    return _Choice(value, f"{part} {value}: bf16 measured at {gain:.2f} x float32 on this CPU {hardware} bf16 hardware")
+
+
+def _choose_threads(probe: Probe, wanted: int | None) -> tuple[int, str]:
+    if wanted is not None:
+        if wanted < 1:
+            raise SpeechError("invalid_request", f"expected at least one thread, got {wanted}", "num_threads")
+        return wanted, f"{wanted} threads: asked for"
+    from_environment = probe.env.get("OMP_NUM_THREADS", "")
+    if from_environment.isdigit() and int(from_environment) > 0:
+        return int(from_environment), f"{from_environment} threads: OMP_NUM_THREADS"
+    cores, kind = probe.num_performance_cores or probe.num_cores, "physical"
+    if probe.num_performance_cores:
+        kind = "performance"  # a slow core in the team makes every other one wait at each product
+    if probe.num_granted_cores is not None and probe.num_granted_cores < cores:
+        cores, kind = probe.num_granted_cores, "granted"
+    return max(1, cores), f"{max(1, cores)} threads: one per {kind} core"
+
+
+# ------------------------------------------------------------------------------------- Apple's GPU
+
+
+@dataclass(frozen=True)
+class MpsTrial:
+    """Whether the probe utterance came out well on Apple's GPU; `problem` says what was wrong."""
+
+    problem: str | None = None
+
+    @property
+    def works(self) -> bool:
+        return self.problem is None
+
+
+def try_on_mps(run_probe: Callable[[], NDArray]) -> MpsTrial:
+    """Run a probe utterance and judge it. Never raises: operators that MPS lacks come as exceptions of many kinds.
+
+    Args:
+        run_probe: speaks a short text with the loaded model, gives its waveform (T,).
+    """
+    try:
+        waveform = np.asarray(run_probe())
+    except Exception as error:  # see above: any failure at all means that the CPU speaks instead
+        return MpsTrial(f"{type(error).__name__}: {error}")
+    if not waveform.size or not np.any(waveform):
+        return MpsTrial("the probe utterance is silent")
+    if not np.isfinite(waveform).all():
+        return MpsTrial("the probe utterance holds NaN or infinity")
+    return MpsTrial()
+
+
+def fall_back_to_cpu(plan: DevicePlan, trial: MpsTrial) -> DevicePlan:
+    """The plan to go on with when Apple's GPU failed its trial: the CPU in float32, and a warning."""
+    assert not trial.works
+    return dataclasses.replace(
+        plan,
+        device="cpu",
+        dtype="float32",
+        flow_dtype="float32",
+        reasons=(*plan.reasons, "cpu: mps failed its probe utterance"),
+        warnings=(*plan.warnings, f"speaking on the CPU: mps failed its probe utterance ({trial.problem})"),
+    )
+
+
+# -------------------------------------------------------------------------------------- applying
+
+
+def resolve(
+    device: str = "auto", dtype: str = "auto", num_threads: int | None = None, *, rows: int = 1
+) -> tuple[DevicePlan, Probe]:
+    """Probe this machine, measure bf16 where the choice hangs on it (CPU and "auto"), decide and apply.
+
+    Args:
+        rows: decoder rows of one utterance (2 with CFG), at which bf16 is measured.
+
+    Raises:
+        SpeechError: as `choose`.
+    """
+    found = probe()
+    plan = choose(found, device, dtype, num_threads)
+    apply(plan)  # before measuring: the gain depends on the number of threads
+    if dtype == "auto" and plan.device == "cpu":
+        gains = {"bf16_gain": measure_bf16_gain("cpu", rows), "bf16_flow_gain": measure_bf16_gain("cpu", FLOW_ROWS)}
+        found = dataclasses.replace(found, **gains)  # type: ignore[arg-type]
+        plan = choose(found, device, dtype, num_threads)
+    return plan, found
+
+
+def apply(plan: DevicePlan) -> None:
+    """Set what torch keeps per process. Called once, before the weights load."""
+    torch.set_num_threads(plan.num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = plan.allow_tf32
+    torch.backends.cudnn.allow_tf32 = plan.allow_tf32
+    # Every utterance has its own length: autotuning would run anew for each, and may pick another algorithm for
+    # the same request. Deterministic algorithms keep a seed's audio the same bit for bit.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Run what is inside in plain float32: no TF32, no autocast.
+
+    For the vocoder (TF32 in the F0 predictor is audible as a wavering pitch) and for conditioning. The TF32 flags
+    belong to the process: enter this on the thread that owns the device only.
+    """
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+
+
+def autocast(plan: DevicePlan) -> AbstractContextManager[Any]:
+    """bf16 autocast for the flow where the plan says so, else a context that does nothing."""
+    if plan.flow_dtype != "bfloat16":
+        return contextlib.nullcontext()
+    return torch.autocast(plan.device_type, dtype=torch.bfloat16)
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def measure_bf16_gain(device: str = "cpu", rows: int = 1) -> float:
+    """Times by which bf16 is faster than float32 for a chain of products of T3's sizes, 1024 to 4096 and back.
+
+    The chain is 134 MB in float32, more than most caches hold, because decoding reads all weights at every step.
+    Takes a few hundred milliseconds and measures with torch's current number of threads; nothing is cached here.
+    """
+    runs = [_product_chain(device, rows, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    best = [float("inf")] * len(runs)
+    for turn in range(4):  # in turns, so that a busy moment of the machine meets both
+        for index, run in enumerate(runs):
+            seconds = run()
+            if turn:  # the first turn fills caches and packs weights
+                best[index] = min(best[index], seconds)
+    return best[0] / best[1]
+
+
+def _product_chain(device: str, rows: int, dtype: torch.dtype) -> Callable[[], float]:
+    shapes = [(4096, 1024), (1024, 4096)] * (4 if rows < 64 else 1)  # large products are bound by arithmetic
+    weights = [torch.full(shape, 1.0 / shape[1], dtype=dtype, device=device) for shape in shapes]
+    start = torch.ones(rows, 1024, dtype=dtype, device=device)
+
+    def run() -> float:
+        hidden, began = start, time.perf_counter()
+        with torch.inference_mode():
+            for weight in weights:
+                hidden = torch.nn.functional.linear(hidden, weight)
+            float(hidden[0, 0])  # waits for the device
+        return time.perf_counter() - began
+
+    return run

@@ -1,0 +1,342 @@
+"""Read weight files and fill modules with them, without ever holding them twice.
+
+Modules are built on torch's meta device, where no weight exists, so nothing random is invented only
+to be overwritten. They are then filled tensor by tensor from a memory-mapped file, each at once in
+its dtype on its device. Mapped pages that were read count as resident until they are unmapped, so
+the file is mapped anew every few MiB: the peak stays near the size of the weights themselves.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from engine.errors import SpeechError
+
+MAX_WINDOW_BYTES = 64 << 20
+"""Most bytes of a file that stay mapped and read; for small files it is a sixteenth of their size."""
+
+
+class _Source(Protocol):
+    """An open weight file. `mapped` says that opening it anew frees what was read and costs little."""
+
+    mapped: bool
+
+    def keys(self) -> Sequence[str]: ...
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def tensor(self, key: str) -> torch.Tensor: ...
+
+
+class _Safetensors:
+    mapped = True
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt", device="cpu")
+
+    def keys(self) -> Sequence[str]:
+        return self._file.offset_keys()  # in file order, which reads ahead well
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self._file.get_tensor(key)
+
+
+class _Pickled:
+    def __init__(self, path: Path) -> None:
+        self.mapped = _is_zip(path)
+        state = load_pickled(path)
+        if isinstance(state, dict) and "model" in state and isinstance(state["model"], list | tuple):
+            state = state["model"][0]  # upstream's training checkpoints of T3
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise _unreadable(path, "it does not hold a state dict")
+        self._state: dict[str, torch.Tensor] = state
+
+    def keys(self) -> Sequence[str]:
+        return list(self._state)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._state[key].shape)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self._state[key]
+
+
+class WeightFile:
+    """A weight file, .safetensors or legacy .pt, read tensor by tensor. A context manager.
+
+    Raises:
+        SpeechError: weights_missing when the file is not there, is damaged, or (.pt) holds anything but tensors:
+            pickles are read with weights_only, so that no code in them runs, and to the CPU, so that a file saved on
+            a GPU loads without one.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._source: _Source | None = self._open()
+        self._num_bytes_read = 0
+        self.window_bytes = min(MAX_WINDOW_BYTES, self.path.stat().st_size // 16)
+
+    def _open(self) -> _Source:
+        if not self.path.is_file():
+            raise SpeechError("weights_missing", f"{self.path} is not there", "model")
+        try:
+            return _Safetensors(self.path) if self.path.suffix == ".safetensors" else _Pickled(self.path)
+        except SafetensorError as error:
+            raise _unreadable(self.path, str(error)) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap the file. Tensors that were handed out keep their own hold on it."""
+        self._source = None
+
+    @property
+    def _opened(self) -> _Source:
+        assert self._source is not None, f"{self.path} is closed"
+        return self._source
+
+    def keys(self) -> Sequence[str]:
+        """In file order."""
+        return self._opened.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._opened.shape(key)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor on the CPU, a view of the mapped file: copy what is to outlive it."""
+        return self._opened.tensor(key)
+
+    def note_read(self, num_bytes: int) -> None:
+        """Tell that so much was copied out; past the window the file is mapped afresh, which frees what was read."""
+        self._num_bytes_read += num_bytes
+        if self._opened.mapped and self._num_bytes_read >= self.window_bytes:
+            self._source = None  # before opening again, so that the two never lie side by side
+            self._source = self._open()
+            self._num_bytes_read = 0
+
+
+def load_pickled(path: Path | str) -> Any:
+    """Read a .pt file: tensors in plain containers, on the CPU, memory-mapped where its format allows.
+
+    Raises:
+        SpeechError: weights_missing when it is damaged or holds anything else.
+    """
+    path = Path(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise _unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def _is_zip(path: Path) -> bool:
+    """torch.save's format since 1.6. The older one cannot be mapped: it is read whole, and held until closed."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _unreadable(path: Path, why: str) -> SpeechError:
+    return SpeechError("weights_missing", f"{path} cannot be read as weights: {why}", "model")
+
+
+# ---------------------------------------------------------------------------------- filling modules
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A parameter that is made from several tensors of the file, or from one in another layout.
+
+    Args:
+        keys: the file's keys, after prefix and rename.
+        combine: gets their tensors in that order, gives the parameter:
+            `Combined(("q", "k"), lambda q, k: torch.cat([q, k]))`.
+    """
+
+    keys: tuple[str, ...]
+    combine: Callable[..., torch.Tensor]
+
+
+Module = TypeVar("Module", bound=nn.Module)
+Rename = Callable[[str], str | None] | Mapping[str, str | None]
+
+
+def load_module(
+    module: Module,
+    weights: WeightFile,
+    *,
+    device: torch.device | str = "cpu",
+    dtype_for: Callable[[str], torch.dtype] | None = None,
+    prefix: str = "",
+    rename: Rename | None = None,
+    combined: Mapping[str, Combined] | None = None,
+    strict: bool = True,
+) -> Module:
+    """Fill a module that was built under `torch.device("meta")`, and give it back in eval mode, without gradients.
+
+    Args:
+        module: what the file does not hold and is not in its state dict (tables, masks) must be filled already.
+        device: where the parameters go; what was filled already is moved there too.
+        dtype_for: dtype of a floating point tensor by the module's name for it; None for float32 throughout.
+            Integer tensors keep theirs.
+        prefix: take only the file's keys that start with it, without it ("flow.").
+        rename: file key (without prefix) to module key, None to drop it; a mapping leaves other keys alone.
+        combined: module keys that are made of others.
+        strict: the file's and the module's keys must be the same. Otherwise keys that the module lacks are passed over,
+            and what the file lacks is left alone if it is filled already.
+
+    Raises:
+        SpeechError: weights_missing, naming keys that are missing, not expected, or of another shape.
+    """
+    plan = _plan(module, weights, prefix, rename, combined or {}, strict=strict)
+    names_of = _names_by_tensor(module)
+    for name, source in plan.items():
+        old, names = names_of[name]
+        dtype = (dtype_for(name) if dtype_for else torch.float32) if old.is_floating_point() else old.dtype
+        new = _read(weights, name, source, old.shape, torch.device(device), dtype)
+        new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+        for tied in names:  # what was one object on the meta device is one again
+            _place(module, tied, new)
+    _assert_filled(module)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _plan(
+    module: nn.Module,
+    weights: WeightFile,
+    prefix: str,
+    rename: Rename | None,
+    combined: Mapping[str, Combined],
+    *,
+    strict: bool,
+) -> dict[str, Combined]:
+    """Module key → the file's keys that make it, in file order; complete and of the right shapes."""
+    renamed = dict(_renamed(weights.keys(), prefix, rename))
+    parts = {key for made in combined.values() for key in made.keys}
+    names = {name: Combined((name,), _as_it_is) for name in renamed if name not in parts} | dict(combined)
+    wanted = _named_tensors(module)
+    unexpected = sorted(names.keys() - wanted.keys())
+    missing = _missing_names(wanted, names, strict=strict) + sorted(parts - renamed.keys())
+    plan = {name: made for name, made in names.items() if name in wanted}
+    wrong = [
+        f"{name} {_shape(weights.shape(renamed[name]))}, expected {_shape(wanted[name].shape)}"
+        for name, made in plan.items()
+        if made.combine is _as_it_is and weights.shape(renamed[name]) != tuple(wanted[name].shape)
+    ]
+    _refuse(weights.path, missing=missing, unexpected=unexpected if strict else [], misshapen=wrong)
+    return {name: Combined(tuple(renamed[key] for key in made.keys), made.combine) for name, made in plan.items()}
+
+
+def _renamed(keys: Sequence[str], prefix: str, rename: Rename | None) -> Iterator[tuple[str, str]]:
+    """(module's name, file's key) of every key that is not left out."""
+    for key in keys:
+        if not key.startswith(prefix):
+            continue
+        short = key.removeprefix(prefix)
+        name = short if rename is None else rename(short) if callable(rename) else rename.get(short, short)
+        if name is not None:
+            yield name, key
+
+
+def _missing_names(wanted: Mapping[str, torch.Tensor], given: Mapping[str, object], *, strict: bool) -> list[str]:
+    """Names that nothing fills: tied parameters are filled by any of their names."""
+    covered = {id(wanted[name]) for name in given if name in wanted}
+    return [
+        name
+        for name, tensor in wanted.items()
+        if name not in given and id(tensor) not in covered and (strict or tensor.is_meta)
+    ]
+
+
+def _refuse(path: Path, **found: list[str]) -> None:
+    complaints = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in found.items() if keys]
+    if complaints:
+        raise SpeechError("weights_missing", f"{path} does not fit the model: {'; '.join(complaints)}", "model")
+
+
+def _listed(keys: Sequence[str], most: int = 8) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(str(size) for size in shape) or "scalar"
+
+
+def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict's parameters and buffers themselves, tied ones under each of their names."""
+    return module.state_dict(keep_vars=True)
+
+
+def _names_by_tensor(module: nn.Module) -> dict[str, tuple[torch.Tensor, list[str]]]:
+    """Name → its tensor and all names of that tensor."""
+    tensors = _named_tensors(module)
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: (tensor, names[id(tensor)]) for name, tensor in tensors.items()}
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _read(
+    weights: WeightFile, name: str, source: Combined, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """A fresh tensor with the file's values: never a view of the mapped file, whose pages are to be freed."""
+    new = torch.empty(shape, dtype=dtype, device=device)
+    if source.combine is _as_it_is:
+        _copy_by_rows(weights, source.keys[0], new)
+        return new
+    made = source.combine(*(weights.tensor(key) for key in source.keys))
+    if made.shape != shape:
+        _refuse(weights.path, misshapen=[f"{name} {_shape(made.shape)}, expected {_shape(shape)}"])
+    new.copy_(made)
+    weights.note_read(made.numel() * made.element_size())
+    return new
+
+
+def _copy_by_rows(weights: WeightFile, key: str, new: torch.Tensor) -> None:
+    """Copy a tensor in pieces: an embedding of 200 MB in float32 would otherwise stand beside its bf16 copy whole."""
+    if not new.ndim or not new.numel():
+        new.copy_(weights.tensor(key))
+        return
+    rows = max(1, weights.window_bytes * len(new) // (new.numel() * 4))
+    for start in range(0, len(new), rows):
+        piece = weights.tensor(key)[start : start + rows]
+        new[start : start + rows].copy_(piece)
+        num_bytes = piece.numel() * piece.element_size()
+        del piece  # it holds the mapping that is about to be given up
+        weights.note_read(num_bytes)
+
+
+def _place(module: nn.Module, name: str, new: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    if leaf in holder._parameters:
+        assert isinstance(new, nn.Parameter), name
+        holder._parameters[leaf] = new
+    else:
+        holder._buffers[leaf] = new
+
+
+def _assert_filled(module: nn.Module) -> None:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    assert not left, f"still on the meta device, to be filled before loading: {', '.join(left)}"
