@@ -9,6 +9,8 @@ With device "meta" nothing is allocated: names and shapes are all that the write
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from engine.models import ModelSpec, get_model
@@ -42,6 +44,26 @@ def _backbone_name(spec: ModelSpec, size: Size) -> str:
     return "GPT2_small" if spec.name == "nano" else "GPT2_medium"
 
 
+@contextlib.contextmanager
+def _building_on(device: str) -> Iterator[None]:
+    """Make what is built inside on `device`; on "meta" also without the initial values it could not hold.
+
+    torch works initialisers out in Python for the meta device: without them a module is laid out several
+    times faster. The mode that passes over them is this thread's alone and ends with the block.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    passed_over = {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_}
+
+    class WithoutInitialValues(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if function in passed_over else function(*args, **(kwargs or {}))
+
+    with torch.device(device), WithoutInitialValues() if device == "meta" else contextlib.nullcontext():
+        yield
+
+
 def t3_config(model: str, size: Size = "tiny") -> Any:
     """Upstream's T3Config for a family member, with the values that its `from_local` sets.
 
@@ -65,41 +87,43 @@ def t3_config(model: str, size: Size = "tiny") -> Any:
 
 def build_upstream_t3(model: str, size: Size = "tiny", device: str = "cpu") -> Any:
     """Upstream's T3 of a family member, with upstream's own initial values (or none, on "meta")."""
-    import torch
-
     config = t3_config(model, size)
-    with torch.device(device):
+    with _building_on(device):
         return chatterbox("models.t3.t3").T3(config)
 
 
 def build_upstream_voice_encoder(device: str = "cpu") -> Any:
     """Upstream's VoiceEncoder: small as published, so it has one size."""
-    import torch
-
-    with torch.device(device):
+    with _building_on(device):
         return chatterbox("models.voice_encoder").VoiceEncoder()
 
 
 def build_upstream_s3gen(model: str, size: Size = "tiny", device: str = "cpu") -> Any:
-    """Upstream's S3Gen (speech tokenizer, speaker encoder, flow, vocoder) of a family member.
+    """Upstream's S3Gen (speech tokenizer, speaker encoder, flow, vocoder) of a family member."""
+    meanflow = get_model(model).meanflow
+    upstream = chatterbox("models.s3gen.s3gen")
+    if size == "tiny":
+        return _tiny_s3gen(upstream, meanflow, device)
+    with _building_on(device):
+        return upstream.S3Token2Wav(meanflow=meanflow)
 
-    S3Gen takes no sizes, so a tiny one is the full one laid out on the meta device with its parts
-    replaced by small ones of the same classes.
-    """
+
+def _tiny_s3gen(upstream: Any, meanflow: bool, device: str) -> Any:
+    """S3Gen with small parts; its constructor takes no sizes, so it is put together here as it would do it."""
     import torch
 
-    spec = get_model(model)
-    upstream = chatterbox("models.s3gen.s3gen")
-    with torch.device(device if size == "full" else "meta"):
-        s3gen = upstream.S3Token2Wav(meanflow=spec.meanflow)
-    if size == "full":
-        return s3gen
+    s3gen = upstream.S3Token2Wav.__new__(upstream.S3Token2Wav)
+    torch.nn.Module.__init__(s3gen)
     s3gen.tokenizer = _tiny_tokenizer(device)
-    with torch.device(device):
+    s3gen.mel_extractor = upstream.mel_spectrogram
+    s3gen.meanflow = meanflow
+    s3gen.resamplers = {}
+    s3gen.estimator_dtype = "fp32"
+    with _building_on(device):
         s3gen.speaker_encoder = upstream.CAMPPlus(memory_efficient=False, growth_rate=8, bn_size=2, init_channels=32)
-        s3gen.flow = _tiny_flow(upstream, meanflow=spec.meanflow)
+        s3gen.flow = _tiny_flow(upstream, meanflow=meanflow)
         s3gen.mel2wav = _tiny_vocoder(upstream)
-        s3gen.trim_fade = _fade_in(upstream.S3GEN_SR)
+        s3gen.register_buffer("trim_fade", _fade_in(upstream.S3GEN_SR), persistent=False)
     return s3gen
 
 
@@ -110,9 +134,9 @@ def _tiny_tokenizer(device: str) -> Any:
     parts = chatterbox("models.s3tokenizer.s3tokenizer")
     from s3tokenizer.model_v2 import AudioEncoderV2, FSQVectorQuantization  # importable once chatterbox is
 
-    with torch.device("meta"):
+    with _building_on("meta"):
         tokenizer = parts.S3Tokenizer("speech_tokenizer_v2_25hz")
-    with torch.device(device):
+    with _building_on(device):
         tokenizer.window = torch.hann_window(tokenizer.n_fft)
         tokenizer.encoder = AudioEncoderV2(
             n_mels=128,
