@@ -1,30 +1,29 @@
 """How S3Gen's parameters are named in upstream's checkpoints, and how they become ours.
 
-Each entry is (ours, upstream's, how): "stack" along the outputs (a single key is taken as it is),
-"squeeze" a 1×1 convolution into a linear layer, or "weight_norm" to fold a magnitude and a direction.
+1×1 convolutions become linear layers, query, key and value one matrix, weight norm a plain weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.keymap import Key
 from engine.models import ModelSpec
 from engine.s3gen.encoder import TokenEncoder
 from engine.s3gen.estimator import Estimator
 from engine.s3gen.flow import Flow
 from engine.s3gen.vocoder import DILATIONS, Vocoder
 
-Key = tuple[str, tuple[str, ...], str]
 Shapes = dict[str, tuple[int, ...]]
 
 _ESTIMATOR = "flow.decoder.estimator."
 _ENCODER = "flow.encoder."
 
 
-def _both(ours: str, theirs: str, how: str = "stack") -> Iterator[Key]:
+def _both(ours: str, theirs: str, how: str = "same") -> Iterator[Key]:
     """Weight and bias."""
-    yield f"{ours}.weight", (f"{theirs}.weight",), how
-    yield f"{ours}.bias", (f"{theirs}.bias",), "stack"
+    yield Key(f"{ours}.weight", (f"{theirs}.weight",), how)
+    yield Key(f"{ours}.bias", (f"{theirs}.bias",))
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
@@ -54,7 +53,7 @@ def build_vocoder(shapes: Shapes) -> Vocoder:
 
 def flow_keys(shapes: Shapes) -> Iterator[Key]:
     """Parameters of `Flow`."""
-    yield "token_embedding.weight", ("flow.input_embedding.weight",), "stack"
+    yield Key("token_embedding.weight", ("flow.input_embedding.weight",))
     yield from _both("speaker", "flow.spk_embed_affine_layer")
     yield from _both("encoder.out", "flow.encoder_proj")
     for ours, theirs in (
@@ -86,16 +85,16 @@ def _encoder_layer(ours: str, theirs: str) -> Iterator[Key]:
         ("attention.out", "self_attn.linear_out"),
     ):
         yield from _both(f"{ours}.{our_name}", f"{theirs}.{their_name}")
-    yield f"{ours}.attention.position.weight", (f"{theirs}.self_attn.linear_pos.weight",), "stack"
-    yield f"{ours}.attention.content_bias", (f"{theirs}.self_attn.pos_bias_u",), "stack"
-    yield f"{ours}.attention.position_bias", (f"{theirs}.self_attn.pos_bias_v",), "stack"
+    yield Key(f"{ours}.attention.position.weight", (f"{theirs}.self_attn.linear_pos.weight",))
+    yield Key(f"{ours}.attention.content_bias", (f"{theirs}.self_attn.pos_bias_u",))
+    yield Key(f"{ours}.attention.position_bias", (f"{theirs}.self_attn.pos_bias_v",))
 
 
 def _estimator_keys(shapes: Shapes) -> Iterator[Key]:
     yield from _both("estimator.time_in", f"{_ESTIMATOR}time_mlp.linear_1")
     yield from _both("estimator.time_out", f"{_ESTIMATOR}time_mlp.linear_2")
     if f"{_ESTIMATOR}time_embed_mixer.weight" in shapes:
-        yield "estimator.time_mix.weight", (f"{_ESTIMATOR}time_embed_mixer.weight",), "stack"
+        yield Key("estimator.time_mix.weight", (f"{_ESTIMATOR}time_embed_mixer.weight",))
     num_mid = _count(shapes, f"{_ESTIMATOR}mid_blocks.")
     num_blocks = _count(shapes, f"{_ESTIMATOR}mid_blocks.0.1.")
     stages = [("down", "down_blocks.0"), ("up", "up_blocks.0")]
@@ -121,7 +120,8 @@ def _stage(ours: str, theirs: str, num_blocks: int) -> Iterator[Key]:
     for i in range(num_blocks):
         our_block, their_block = f"{ours}.blocks.{i}", f"{theirs}.1.{i}"
         yield from _both(f"{our_block}.attention_norm", f"{their_block}.norm1")
-        yield f"{our_block}.qkv.weight", tuple(f"{their_block}.attn1.to_{name}.weight" for name in "qkv"), "stack"
+        qkv = tuple(f"{their_block}.attn1.to_{name}.weight" for name in "qkv")
+        yield Key(f"{our_block}.qkv.weight", qkv, "stack")
         yield from _both(f"{our_block}.out", f"{their_block}.attn1.to_out.0")
         yield from _both(f"{our_block}.ffn_norm", f"{their_block}.norm3")
         yield from _both(f"{our_block}.up", f"{their_block}.ff.net.0.proj")
@@ -148,8 +148,8 @@ def vocoder_keys(vocoder: Vocoder) -> Iterator[Key]:
 def _normed(ours: str, theirs: str) -> Iterator[Key]:
     """A convolution under weight norm: original0 is the magnitude, original1 the direction."""
     parametrized = f"{theirs}.parametrizations.weight.original"
-    yield f"{ours}.weight", (f"{parametrized}0", f"{parametrized}1"), "weight_norm"
-    yield f"{ours}.bias", (f"{theirs}.bias",), "stack"
+    yield Key(f"{ours}.weight", (f"{parametrized}0", f"{parametrized}1"), "weight_norm")
+    yield Key(f"{ours}.bias", (f"{theirs}.bias",))
 
 
 def _resblock(ours: str, theirs: str) -> Iterator[Key]:
@@ -157,4 +157,4 @@ def _resblock(ours: str, theirs: str) -> Iterator[Key]:
         for half in ("1", "2"):
             yield from _normed(f"{ours}.convs{half}.{i}", f"{theirs}.convs{half}.{i}")
             alpha = f"activations{half}.{i}.alpha"
-            yield f"{ours}.{alpha}", (f"{theirs}.{alpha}",), "stack"
+            yield Key(f"{ours}.{alpha}", (f"{theirs}.{alpha}",))

@@ -5,7 +5,7 @@ fixed: every row has its own position, a new token is written in place, and a ma
 see. Rows of any length share one pass, nothing is reshaped, and the same code runs eagerly on a CPU
 and captured in a CUDA graph.
 
-Weights are upstream's, with projections that read the same input fused at load (`backbone_key_map`).
+Weights are upstream's, with projections that read the same input fused at load (`backbone_keys`).
 Norms, softmax and the residual stream stay float32; the matrices and, on CUDA, the cache may be bf16.
 """
 
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.keymap import Key
 
 HEAD_DIM = 64
 """Channels per attention head, in every family member."""
@@ -235,43 +237,38 @@ class Backbone(nn.Module):
         return self.norm(x)
 
 
-def backbone_key_map(shape: BackboneShape) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """How our parameters come from upstream's: (ours, upstream's to stack along the outputs, transposed).
-
-    GPT-2 keeps its projections as (in, out) (`Conv1D`), ours are (out, in).
-    """
+def backbone_keys(shape: BackboneShape) -> Iterator[Key]:
+    """Parameters of `Backbone`. GPT-2 keeps its projections as (in, out) (`Conv1D`), ours are (out, in)."""
     yield from _gpt2_keys(shape) if shape.kind == "gpt2" else _llama_keys(shape)
 
 
-def _gpt2_keys(shape: BackboneShape) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    yield "positions.weight", ("tfmr.wpe.weight",), False
-    names = {"norm1": "ln_1", "norm2": "ln_2"}
-    projections = {"attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+def _gpt2_keys(shape: BackboneShape) -> Iterator[Key]:
+    yield Key("positions.weight", ("tfmr.wpe.weight",))
+    norms = {"norm1": "ln_1", "norm2": "ln_2"}
+    projections = {
+        "attention.qkv": "attn.c_attn",
+        "attention.out": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    }
     for index in range(shape.num_layers):
-        for part in ("weight", "bias"):
-            for ours, theirs in names.items():
-                yield f"layers.{index}.{ours}.{part}", (f"tfmr.h.{index}.{theirs}.{part}",), False
-            for ours, theirs in projections.items():
-                yield f"layers.{index}.{ours}.{part}", (f"tfmr.h.{index}.{theirs}.{part}",), part == "weight"
-    yield "norm.weight", ("tfmr.ln_f.weight",), False
-    yield "norm.bias", ("tfmr.ln_f.bias",), False
+        for ours, theirs in (norms | projections).items():
+            how = "transpose" if ours in projections else "same"
+            yield Key(f"layers.{index}.{ours}.weight", (f"tfmr.h.{index}.{theirs}.weight",), how)
+            yield Key(f"layers.{index}.{ours}.bias", (f"tfmr.h.{index}.{theirs}.bias",))
+    yield Key("norm.weight", ("tfmr.ln_f.weight",))
+    yield Key("norm.bias", ("tfmr.ln_f.bias",))
 
 
-def _llama_keys(shape: BackboneShape) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+def _llama_keys(shape: BackboneShape) -> Iterator[Key]:
     for index in range(shape.num_layers):
         ours, theirs = f"layers.{index}", f"tfmr.layers.{index}"
-        yield f"{ours}.norm1.weight", (f"{theirs}.input_layernorm.weight",), False
-        yield f"{ours}.norm2.weight", (f"{theirs}.post_attention_layernorm.weight",), False
-        yield (
-            f"{ours}.attention.qkv.weight",
-            tuple(f"{theirs}.self_attn.{name}_proj.weight" for name in "qkv"),
-            False,
-        )
-        yield f"{ours}.attention.out.weight", (f"{theirs}.self_attn.o_proj.weight",), False
-        yield (
-            f"{ours}.gate_up.weight",
-            tuple(f"{theirs}.mlp.{name}_proj.weight" for name in ("gate", "up")),
-            False,
-        )
-        yield f"{ours}.down.weight", (f"{theirs}.mlp.down_proj.weight",), False
-    yield "norm.weight", ("tfmr.norm.weight",), False
+        yield Key(f"{ours}.norm1.weight", (f"{theirs}.input_layernorm.weight",))
+        yield Key(f"{ours}.norm2.weight", (f"{theirs}.post_attention_layernorm.weight",))
+        qkv = tuple(f"{theirs}.self_attn.{name}_proj.weight" for name in "qkv")
+        yield Key(f"{ours}.attention.qkv.weight", qkv, "stack")
+        yield Key(f"{ours}.attention.out.weight", (f"{theirs}.self_attn.o_proj.weight",))
+        gate_up = tuple(f"{theirs}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+        yield Key(f"{ours}.gate_up.weight", gate_up, "stack")
+        yield Key(f"{ours}.down.weight", (f"{theirs}.mlp.down_proj.weight",))
+    yield Key("norm.weight", ("tfmr.norm.weight",))

@@ -14,14 +14,18 @@ guidance a second row has its text token embeddings zeroed and keeps the text po
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.keymap import Key, load_keys, matrix_dtype, shapes_of
 from engine.models import START_SPEECH_TOKEN
-from engine.t3.backbone import Backbone, BackboneShape, backbone_key_map
+from engine.t3.backbone import Backbone, BackboneShape, backbone_keys
+from engine.weights import WeightFile
 
 SPEAKER_WIDTH = 256
 PERCEIVER_HEADS = 4
@@ -141,7 +145,7 @@ class T3(nn.Module):
         return F.linear(hidden.to(self.head.weight.dtype), self.head.weight, self.head.bias).float()
 
 
-def read_t3_shape(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
+def read_t3_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The arguments of `T3` from the shapes in a checkpoint, so that tiny and full sizes load alike."""
     kind = "gpt2" if "tfmr.wpe.weight" in shapes else "llama"
     stem, ffn = ("tfmr.h.", "mlp.c_fc.weight") if kind == "gpt2" else ("tfmr.layers.", "mlp.up_proj.weight")
@@ -190,14 +194,29 @@ _PLAIN_KEYS = {
 }
 
 
-def t3_key_map(shape: BackboneShape, keys: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """Our parameters from upstream's: (ours, upstream's to stack along the outputs, transposed).
+def t3_keys(shape: BackboneShape, present: Container[str]) -> Iterator[Key]:
+    """Parameters of `T3`. Upstream's text head and gpt2's unused token embedding stay in the file."""
+    for key in backbone_keys(shape):
+        yield key._replace(ours=f"backbone.{key.ours}")
+    for ours, theirs in _PLAIN_KEYS.items():
+        if theirs in present:
+            yield Key(ours, (theirs,))
 
-    Upstream's text head and, for gpt2, its unused token embedding are left in the file.
+
+def load_t3(path: Path, device: torch.device, dtype: torch.dtype) -> T3:
+    """Load T3 from upstream's file.
+
+    Args:
+        dtype: of the matrices; norms stay float32.
+
+    Raises:
+        SpeechError: weights_missing when the file does not fit.
     """
-    present = set(keys)
-    for ours, theirs, transposed in backbone_key_map(shape):
-        yield f"backbone.{ours}", theirs, transposed
-    for ours, theirs_plain in _PLAIN_KEYS.items():
-        if theirs_plain in present:
-            yield ours, (theirs_plain,), False
+    with WeightFile(path) as weights:
+        shapes = shapes_of(weights)
+        with torch.device("meta"):
+            model = T3(**read_t3_arguments(shapes))
+        keys = t3_keys(model.shape, shapes)
+        load_keys(model, weights, keys, device=device, dtype_for=matrix_dtype(model, dtype))
+    model.backbone.finish_loading(device)
+    return model

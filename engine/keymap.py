@@ -1,0 +1,86 @@
+"""How upstream's parameters become ours: a list of keys instead of a renamed copy of the weights.
+
+Our modules fuse projections that read the same input and fold what upstream recomputes at every call.
+Each part says so with a sequence of `Key`s, and `load_keys` fills the module from the file by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.weights import Combined, WeightFile, load_module
+
+
+class Key(NamedTuple):
+    """One of our parameters.
+
+    Args:
+        ours: its name.
+        theirs: upstream's tensors that make it.
+        how: a key of `COMBINE`; "same" takes one tensor as it is.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    how: str = "same"
+
+
+def _fold_weight_norm(magnitude: Tensor, direction: Tensor) -> Tensor:
+    """w = g · v / ‖v‖ over all but the first dimension (Salimans and Kingma 2016)."""
+    norm = direction.norm(dim=tuple(range(1, direction.ndim)), keepdim=True)
+    return magnitude * direction / norm
+
+
+COMBINE: Mapping[str, Callable[..., Tensor]] = {
+    "stack": lambda *parts: torch.cat(parts),
+    "transpose": lambda weight: weight.T,
+    "squeeze": lambda weight: weight.squeeze(-1),
+    "weight_norm": _fold_weight_norm,
+}
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_keys(
+    module: Module,
+    weights: WeightFile,
+    keys: Iterable[Key],
+    *,
+    device: torch.device | str,
+    dtype_for: Callable[[str], torch.dtype] | None = None,
+) -> Module:
+    """Fill a module built on the meta device; tensors of the file that no key names stay unread.
+
+    Raises:
+        SpeechError: weights_missing, naming what does not fit.
+    """
+    all_keys = list(keys)
+    renamed = {key.theirs[0]: key.ours for key in all_keys if key.how == "same"}
+    combined = {key.ours: Combined(key.theirs, COMBINE[key.how]) for key in all_keys if key.how != "same"}
+    parts = {name for made in combined.values() for name in made.keys}
+    return load_module(
+        module,
+        weights,
+        device=device,
+        dtype_for=dtype_for,
+        rename=lambda name: renamed.get(name, name if name in parts else None),
+        combined=combined,
+        strict=False,
+    )
+
+
+def matrix_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """dtype for the weights and biases of matrices, convolutions and embeddings; norms stay float32."""
+    matrices = {
+        name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Embedding | nn.Conv1d)
+    }
+    return lambda name: dtype if name.rpartition(".")[0] in matrices else torch.float32
+
+
+def shapes_of(weights: WeightFile) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape."""
+    return {key: weights.shape(key) for key in weights.keys()}  # noqa: SIM118 - not a mapping
