@@ -18,28 +18,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.models import MODELS, START_TEXT_TOKEN, STOP_TEXT_TOKEN
+from engine.text.markup import KNOWN_TAGS
 
-TURBO_TAGS = (
-    "[angry]",
-    "[fear]",
-    "[surprised]",
-    "[whispering]",
-    "[advertisement]",
-    "[dramatic]",
-    "[narration]",
-    "[crying]",
-    "[happy]",
-    "[sarcastic]",
-    "[clear throat]",
-    "[sigh]",
-    "[shush]",
-    "[cough]",
-    "[groan]",
-    "[sniff]",
-    "[gasp]",
-    "[chuckle]",
-    "[laugh]",
-)
+TURBO_TAGS = KNOWN_TAGS
 """The 19 added tokens between GPT-2's 50257 and Turbo's 50276."""
 
 CANGJIE_SAMPLE = "你好世界今天天氣很好我們一起學習中文明日月"
