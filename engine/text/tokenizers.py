@@ -206,6 +206,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != index:
             raise SpeechError("weights_missing", f"{folder}: the added token {token.content} is not at {index}")
+    tokenizer.add_special_tokens(_special_contents(folder, config))
     return tokenizer
 
 
@@ -229,3 +230,11 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
     legacy = folder / "added_tokens.json"
     contents: dict[str, int] = _read_json(legacy) if legacy.is_file() else {}
     return {index: AddedToken(content, special=False) for content, index in contents.items()}
+
+
+def _special_contents(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The texts of the tokens with a role; GPT-2 has its end of text in every role that is not said."""
+    map_file = folder / "special_tokens_map.json"
+    roles: dict[str, Any] = (_read_json(map_file) if map_file.is_file() else {}) | config
+    tokens = [roles.get(role) or "<|endoftext|>" for role in ("bos_token", "eos_token", "unk_token")]
+    return [token if isinstance(token, str) else token["content"] for token in tokens]

@@ -15,8 +15,9 @@ from engine.types import Segment
 SENTENCE = "The quick brown fox jumps over the lazy dog. "
 
 _WORDS = st.sampled_from(
-    ["word", "Dr.", "3.5", "http://a.b/c?d=e", "好", "你好世界。", "สวัสดีครับ", "नमस्ते", "한국어", "…", "—", "😀", "👩‍👩‍👧",
-     "e\u0301", "[laugh]", "[clear throat]", "\n\n", "!", "?!", '"', "“", "a" * 60, "، ", "\t", "\x00", "\u200d"]
+    ["word", "Dr.", "3.5", "http://a.b/c?d=e", "好", "你好世界。", "สวัสดีครับ", "नमस्ते", "한국어", "…", "—", "😀",
+     "👩‍👩‍👧", "e\u0301", "[laugh]", "[clear throat]", "\n\n", "!", "?!", '"', "“", "a" * 60, "، ",
+     "\t", "\x00", "\u200d"]
 )  # fmt: skip
 _TEXTS = (
     st.text(max_size=400)
