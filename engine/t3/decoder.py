@@ -181,10 +181,19 @@ class Decoder:
         """How many rows a chunk takes."""
         return 2 if self.model.uses_guidance and settings.cfg_weight > 0 else 1
 
-    def find_rows(self, count: int) -> int | None:
-        """The first of `count` adjacent free rows, or None."""
+    @property
+    def is_idle(self) -> bool:
+        return not self._requests
+
+    @property
+    def num_adjacent_free_rows(self) -> int:
+        """The most rows that one chunk could be given now, up to two."""
+        return next((count for count in (2, 1) if self._find_rows(count) is not None), 0)
+
+    def _find_rows(self, count: int) -> int | None:
+        """The first of `count` adjacent free rows, or None. Pairs are aligned, so that they do not break up."""
         taken = {row for lead in self._requests for row in self._rows_of(lead)}
-        for first in range(self.cache.num_rows - count + 1):
+        for first in range(0, self.cache.num_rows - count + 1, count):
             if taken.isdisjoint(range(first, first + count)):
                 return first
         return None
@@ -206,7 +215,7 @@ class Decoder:
         assert request.max_new_tokens <= self.max_new_tokens, request.max_new_tokens
         assert self.length_needed(request) <= self.cache.length, (self.length_needed(request), self.cache.length)
         count = self.rows_for(request.settings)
-        lead = self.find_rows(count)
+        lead = self._find_rows(count)
         if lead is None:
             return None
         self._requests[lead] = request

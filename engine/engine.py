@@ -1,0 +1,323 @@
+"""The engine: one loaded model that speaks many requests at once.
+
+    engine = Engine.load(EngineConfig(model="turbo"))
+    speech = engine.speak(SpeechRequest(text="Hello."))
+
+A request passes three hands: the intake plans its text and resolves its voices (a small pool of
+threads), the core decodes and renders it together with all others (one thread that owns the models),
+and the finish joins and marks its audio (a small pool again, beside the decoding).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from engine import device as devices
+from engine.audio.assembly import Clip, assemble
+from engine.audio.watermark import Watermarker
+from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.conditioning import Conditioner, builtin_conditionals, model_key
+from engine.core import Core
+from engine.device import DevicePlan
+from engine.errors import SpeechError
+from engine.hub import Progress
+from engine.intake import Intake
+from engine.models import ModelSpec, get_model
+from engine.s3gen.renderer import Renderer, load_renderer
+from engine.t3.decoder import Decoder
+from engine.t3.model import T3, load_t3
+from engine.text import load_text_front_end
+from engine.types import SAMPLE_RATE, Chunk, Conditionals, EngineConfig, Speech, SpeechRequest, VoicePrompt
+from engine.utterance import Utterance, fail, rounded, succeed
+from engine.voices import ConditionalsCache, PreparedVoices
+
+MAX_TEXT_POSITIONS = 640
+"""Cache positions kept for a chunk's text: 280 characters are at most some 300 tokens, Cangjie more."""
+MAX_NEW_TOKENS = 1000
+"""Cache positions kept for a chunk's speech, 40 s: upstream's own bound."""
+CONDITIONALS_CACHE_BYTES = 256 << 20
+PREFIX_CACHE_SHARE = 0.05
+"""Of the device's memory, for voices' keys and values."""
+DEFAULT_CPU_ROWS = 8
+DEFAULT_GPU_ROWS = 64
+
+
+@dataclass(frozen=True)
+class _Models:
+    """What is loaded from a checkpoint to speak."""
+
+    t3: T3
+    renderer: Renderer
+
+    def to(self, device: torch.device) -> None:
+        for module in (self.t3, self.renderer.flow, self.renderer.vocoder):
+            module.to(device)
+
+
+class Engine:
+    """Made by `load`; usable from any thread; closed by `close` or at the end of a `with`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        plan: DevicePlan,
+        models: _Models,
+        watermarker: Watermarker | None,
+    ) -> None:
+        self.config, self._checkpoint, self._plan = config, checkpoint, plan
+        self._spec, self._watermarker = checkpoint.spec, watermarker
+        conditioner = _LazyConditioner(
+            lambda: Conditioner.load(self._spec, checkpoint.folder, checkpoint.fingerprint, plan.torch_device)
+        )
+        key = model_key(self._spec, checkpoint.fingerprint)
+        conditionals = ConditionalsCache(conditioner.embed, CONDITIONALS_CACHE_BYTES)
+        num_rows = config.max_rows or (DEFAULT_GPU_ROWS if plan.device_type == "cuda" else DEFAULT_CPU_ROWS)
+        num_voice_positions = 2 + (self._spec.max_prompt_tokens if self._spec.backbone == "gpt2" else 32)
+        length = num_voice_positions + MAX_TEXT_POSITIONS + MAX_NEW_TOKENS
+        decoder = Decoder(
+            models.t3,
+            num_rows=num_rows * (2 if self._spec.uses_cfg else 1),
+            length=length,
+            max_new_tokens=length,
+            cache_dtype=plan.torch_dtype if plan.device_type == "cuda" else torch.float32,
+        )
+        voices = PreparedVoices(decoder.compute_prefix, plan.torch_device, _prefix_cache_bytes(plan))
+        self._intake = Intake(
+            self._spec,
+            load_text_front_end(self._spec, checkpoint.folder),
+            conditionals,
+            builtin_conditionals(checkpoint.folder, self._spec, checkpoint.fingerprint),
+            key,
+            max_chunk_chars=config.max_chunk_chars,
+            max_positions=length,
+            num_voice_positions=num_voice_positions,
+        )
+        self._prepared = voices
+        self._intake_pool = ThreadPoolExecutor(2, "intake")
+        self._finish_pool = ThreadPoolExecutor(2, "finish")
+        self._core = Core(self._spec, decoder, models.renderer, voices, self._start_finish)
+        self._is_closed = False
+
+    @classmethod
+    def load(cls, config: EngineConfig, *, progress: Progress | None = None) -> Engine:
+        """Find, check and load a model, and be ready to speak.
+
+        Args:
+            progress: told of a download's bytes.
+
+        Raises:
+            SpeechError: model_unavailable, weights_missing, watermark_unavailable, invalid_request.
+        """
+        spec = get_model(config.model)
+        checkpoint = find_checkpoint(
+            spec,
+            model_dir=config.model_dir,
+            revision=config.model_revision,
+            allow_download=config.allow_download,
+            progress=progress,
+        )
+        plan, _ = devices.resolve(
+            config.device, config.dtype, config.num_threads, rows=2 if spec.uses_cfg else 1
+        )
+        watermarker = Watermarker.load() if config.watermark else None
+        if plan.device_type == "mps":
+            return cls._load_on_mps(config, checkpoint, plan, watermarker)
+        return cls(config, checkpoint, plan, _load_models(checkpoint, plan), watermarker)
+
+    @classmethod
+    def _load_on_mps(
+        cls, config: EngineConfig, checkpoint: Checkpoint, plan: DevicePlan, watermarker: Watermarker | None
+    ) -> Engine:
+        """Load on the CPU, move, and speak a word: what errs or gives NaN there goes back to the CPU."""
+        on_cpu = dataclasses.replace(plan, device="cpu")
+        models = _load_models(checkpoint, on_cpu)
+        models.to(plan.torch_device)
+        trial = cls(config.replace(watermark=False), checkpoint, plan, models, None)
+        with trial:
+            outcome = devices.try_on_mps(lambda: trial.speak(SpeechRequest(text="One.", seed=1)).waveform)
+        if not outcome.works:
+            plan = devices.fall_back_to_cpu(plan, outcome)
+            models.to(torch.device("cpu"))
+        return cls(config, checkpoint, plan, models, watermarker)
+
+    # ---------------------------------------------------------------------------------- speaking
+
+    def submit(self, request: SpeechRequest) -> Future[Speech]:
+        """Start speaking; many at once share the decoder's rows.
+
+        Returns:
+            A future that stays pending until its result is set: cancelling it works at any time, and frees
+            what the request holds. It raises SpeechError.
+        """
+        future: Future[Speech] = Future()
+        if self._is_closed:
+            raise SpeechError("cancelled", "the engine is closed")
+        self._intake_pool.submit(self._take_in, request, future)
+        return future
+
+    def _take_in(self, request: SpeechRequest, future: Future[Speech]) -> None:
+        if future.cancelled():
+            return
+        try:
+            self._core.submit(self._intake.accept(request, future))
+        except BaseException as error:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def speak(self, request: SpeechRequest) -> Speech:
+        """Speak and wait.
+
+        Raises:
+            SpeechError: see its codes.
+        """
+        return self.submit(request).result()
+
+    def embed(self, prompt: VoicePrompt) -> Conditionals:
+        """A prompt's conditionals, computed once.
+
+        Raises:
+            SpeechError: reference_too_short, reference_silent.
+        """
+        return self._intake.voices.get(prompt)
+
+    # ---------------------------------------------------------------------------------- finishing
+
+    def _start_finish(self, utterance: Utterance) -> None:
+        self._finish_pool.submit(self._finish, utterance)
+
+    def _finish(self, utterance: Utterance) -> None:
+        try:
+            succeed(utterance, self._make_speech(utterance))
+        except BaseException as error:
+            fail(utterance, error)
+
+    def _make_speech(self, utterance: Utterance) -> Speech:
+        started = time.perf_counter()
+        clips = [
+            Clip(utterance.waveforms[index], chunk.pause_after_s, chunk.pause_before_s)
+            for index, chunk in enumerate(utterance.chunks)
+        ]
+        assembled = assemble(clips)
+        waveform, is_marked = assembled.waveform, False
+        if self._watermarker is not None:
+            waveform, is_marked = self._watermarker.apply(waveform, SAMPLE_RATE)
+        utterance.add_time("master", time.perf_counter() - started)
+        utterance.add_time("total", time.perf_counter() - utterance.submitted_s)
+        return Speech(
+            waveform=waveform,
+            sample_rate=SAMPLE_RATE,
+            chunks=tuple(
+                Chunk(index, chunk.text, *span, attempts=chunk.attempts, flags=chunk.flags)
+                for index, (chunk, span) in enumerate(zip(utterance.chunks, assembled.spans_s, strict=True))
+            ),
+            seed=utterance.seed,
+            model=self.model,
+            watermarked=is_marked,
+            timings=rounded(utterance.timings),
+            warnings=(*self._plan.warnings, *utterance.warnings),
+        )
+
+    # ---------------------------------------------------------------------------------- about itself
+
+    @property
+    def model(self) -> str:
+        """Name of the model that speaks."""
+        return self._spec.name
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of the waveforms."""
+        return SAMPLE_RATE
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Codes that the model speaks and that all is there for."""
+        return self._intake.text.languages_ready()
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Speech parameters that the model has."""
+        return self._spec.parameters
+
+    def stats(self) -> dict[str, Any]:
+        """Device, caches and rows, as plain values."""
+        return {
+            "model": self.model,
+            "model_dir": str(self._checkpoint.folder),
+            "revision": self._checkpoint.revision,
+            "fingerprint": self._checkpoint.fingerprint,
+            "device": self._plan.device,
+            "dtype": self._plan.dtype,
+            "flow_dtype": self._plan.flow_dtype,
+            "num_threads": self._plan.num_threads,
+            "reasons": list(self._plan.reasons),
+            "conditionals_cache": dataclasses.asdict(self._intake.voices.stats()),
+            "prefix_cache": dataclasses.asdict(self._prepared.stats()),
+            "core": dataclasses.asdict(self._core.stats()),
+        }
+
+    def close(self, *, drain: bool = False) -> None:
+        """Finish what was submitted (drain) or cancel it, and free the models."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._intake_pool.shutdown(wait=True, cancel_futures=False)
+        self._core.close(drain=drain)
+        self._finish_pool.shutdown(wait=True)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _LazyConditioner:
+    """The conditioning networks, loaded when the first voice that is not ready comes."""
+
+    def __init__(self, load: Callable[[], Conditioner]) -> None:
+        self._load = load
+        self._lock = threading.Lock()
+        self._conditioner: Conditioner | None = None
+
+    def embed(self, prompt: VoicePrompt) -> Conditionals:
+        with self._lock:
+            if self._conditioner is None:
+                self._conditioner = self._load()
+        return self._conditioner.embed(prompt)
+
+
+def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:
+    spec: ModelSpec = checkpoint.spec
+    flow_dtype = torch.bfloat16 if plan.flow_dtype == "bfloat16" else torch.float32
+    renderer = load_renderer(
+        spec,
+        Path(checkpoint.path(spec.s3gen_file)),
+        plan.torch_device,
+        flow_dtype,
+        autocast=lambda: devices.autocast(plan),
+        exact=devices.exact_float32,
+        max_frames=60_000 if plan.device_type == "cuda" else 1,
+    )
+    return _Models(load_t3(checkpoint.path(spec.t3_file), plan.torch_device, plan.torch_dtype), renderer)
+
+
+def _prefix_cache_bytes(plan: DevicePlan) -> int:
+    if plan.device_type == "cuda":
+        total = torch.cuda.get_device_properties(plan.torch_device).total_memory
+    else:
+        total = 16 << 30
+    return int(total * PREFIX_CACHE_SHARE)

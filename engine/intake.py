@@ -1,0 +1,151 @@
+"""From a request to an utterance: the text planned and tokenised, every voice resolved, defaults filled in.
+
+Host work that needs no rows, done before the engine's thread sees a request and beside its decoding.
+All that can be wrong with a request is found here.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import secrets
+import time
+from concurrent.futures import Future
+
+from engine import guard
+from engine.errors import SpeechError
+from engine.models import ModelSpec
+from engine.t3.sampling import SamplingSettings
+from engine.text import PlannedChunk, TextFrontEnd
+from engine.types import PARAMETERS, Conditionals, IntArray, Segment, Speech, SpeechRequest, Voice, VoicePrompt
+from engine.utterance import ChunkWork, Utterance, chunk_seeds
+from engine.voices import ConditionalsCache, check_voice
+
+DRAWN_SEED_BITS = 31
+"""Seeds that we draw are short enough to be read out and typed in again."""
+UNLIMITED_TOP_K = 1 << 30
+"""More than any vocabulary: every token is a candidate."""
+
+
+class Intake:
+    """Thread-safe; holds what is fixed at load.
+
+    Args:
+        spec: the model.
+        text: its text front end.
+        voices: prompts to conditionals.
+        builtin: the checkpoint's own voice, or None.
+        model_key: what conditionals must be made for.
+        max_chunk_chars: longest stretch of text decoded at once.
+        max_positions: cache positions of a row.
+        num_voice_positions: the most that a voice takes of them.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        text: TextFrontEnd,
+        voices: ConditionalsCache,
+        builtin: Conditionals | None,
+        model_key: str,
+        *,
+        max_chunk_chars: int,
+        max_positions: int,
+        num_voice_positions: int,
+    ) -> None:
+        self.spec, self.text, self.voices, self.builtin = spec, text, voices, builtin
+        self.model_key = model_key
+        self._max_chunk_chars = max_chunk_chars
+        self._max_positions = max_positions
+        self._num_voice_positions = num_voice_positions
+        self._ids = itertools.count()
+
+    def accept(self, request: SpeechRequest, future: Future[Speech], *, is_stream: bool = False) -> Utterance:
+        """Make an utterance.
+
+        Raises:
+            SpeechError: text_empty, text_too_long, language_unsupported, invalid_request, the reference's codes.
+        """
+        started = time.perf_counter()
+        segments = request.all_segments
+        planned = self.text.plan(segments, language=request.language, max_chars=self._max_chunk_chars)
+        planned = [chunk for chunk in planned if chunk.speakable]
+        if not planned:
+            raise SpeechError("text_empty", "the text holds nothing that can be spoken", "text")
+        seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
+        seeds = chunk_seeds(seed, [chunk.text for chunk in planned])
+        voices = [self._resolve(segment, request.voice) for segment in segments]
+        chunks = [
+            self._make_chunk(chunk, chunk_seed, voices[chunk.segment_index], request.max_new_tokens)
+            for chunk, chunk_seed in zip(planned, seeds, strict=True)
+        ]
+        utterance = Utterance(
+            id=next(self._ids),
+            future=future,
+            seed=seed,
+            settings=self._settings(request),
+            exaggeration=self._default(request, "exaggeration"),
+            chunks=chunks,
+            warnings=(*self._warnings(request), *self.text.warnings(segments)),
+            is_stream=is_stream,
+        )
+        utterance.add_time("condition", time.perf_counter() - started)
+        return utterance
+
+    def _make_chunk(
+        self, planned: PlannedChunk, seed: int, conditionals: Conditionals, max_new_tokens: int | None
+    ) -> ChunkWork:
+        tokens = self.text.encode(planned.text, planned.language)
+        expectation = guard.expect(planned.text, self.text.check_language(planned.language))
+        return ChunkWork(
+            text=planned.text,
+            text_tokens=tokens,
+            conditionals=conditionals,
+            expectation=expectation,
+            max_new_tokens=self._bound(tokens, max_new_tokens or expectation.max_tokens),
+            seed=seed,
+            pause_before_s=planned.pause_before_s,
+            pause_after_s=planned.pause_after_s,
+        )
+
+    def _bound(self, text_tokens: IntArray, wanted: int) -> int:
+        """As many new tokens as a row has positions for."""
+        room = self._max_positions - self._num_voice_positions - len(text_tokens) - 1
+        if room < 1:
+            raise SpeechError(
+                "text_too_long", f"a stretch of text became {len(text_tokens)} tokens, too many for one row", "text"
+            )
+        return min(wanted, room)
+
+    def _resolve(self, segment: Segment, default: Voice | None) -> Conditionals:
+        voice = segment.voice or default or self.builtin
+        if voice is None:
+            raise SpeechError(
+                "invalid_request", f"this checkpoint of {self.spec.name} has no built-in voice: give one", "voice"
+            )
+        check_voice(voice, self.model_key)
+        return self.voices.get(voice) if isinstance(voice, VoicePrompt) else voice
+
+    def _default(self, request: SpeechRequest, name: str) -> float | None:
+        """The request's value, the model's default, or None where the model has no such parameter."""
+        default = getattr(self.spec.sampling, name)
+        value = getattr(request, name)
+        return default if default is None or value is None else value
+
+    def _settings(self, request: SpeechRequest) -> SamplingSettings:
+        value = functools.partial(self._default, request)
+        return SamplingSettings(
+            temperature=float(value("temperature") or 0.0),
+            top_p=float(value("top_p") or 0.0),
+            repetition_penalty=float(value("repetition_penalty") or 0.0),
+            top_k=int(value("top_k") or UNLIMITED_TOP_K),
+            min_p=float(value("min_p") or 0.0),
+            cfg_weight=float(value("cfg_weight") or 0.0),
+        )
+
+    def _warnings(self, request: SpeechRequest) -> list[str]:
+        return [
+            f"{self.spec.name} has no {name}: it was ignored"
+            for name in PARAMETERS
+            if getattr(request, name) is not None and name not in self.spec.parameters
+        ]
