@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import regex  # type: ignore[import-untyped, unused-ignore]
-import sentencex  # type: ignore[import-untyped, unused-ignore]
+import sentencex
 
 
 class Break(enum.IntEnum):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import SpeechError
-from engine.text import KNOWN_TAGS, is_speakable, plan
+from engine.text import KNOWN_TAGS, is_speakable, plan, splitting
 from engine.text.planning import PAUSE_S, SEGMENT_PAUSE_S, SHORT_CHUNK_CHARS
 from engine.text.splitting import Break
 from engine.types import Segment
@@ -80,9 +82,29 @@ def test_a_silent_chunk_is_marked_and_would_fit_in_no_neighbour(text: str, max_c
 @given(text=_TEXTS)
 def test_no_cut_parts_a_combining_mark_or_a_joiner_from_its_character(text: str) -> None:
     chunks = [chunk.text for chunk in plan([Segment(text)], language="en", max_chars=40, tags=KNOWN_TAGS)]
-    for before, after in zip(chunks, chunks[1:], strict=False):
+    for before, after in itertools.pairwise(chunks):
         if before + after in text and len(before) < 40:
             assert after[0] not in "\u0301\u200d"
+
+
+@pytest.mark.parametrize("unit", ["天地玄黄宇宙洪荒、\u0301", "天地玄黄宇宙洪荒。\u0301", "x\u200d、\u200d"])
+def test_marks_after_a_possible_cut_stay_with_the_character_before(unit: str) -> None:
+    chunks = texts_of("x" + unit * 60, max_chars=43)
+    assert len(chunks) > 3
+    assert all(text[0] not in "\u0301\u200d" for text in chunks)
+
+
+def test_a_sentence_that_must_be_cut_starts_a_chunk_of_its_own() -> None:
+    first, second, *_ = texts_of(SENTENCE + "It goes on and on, " * 20 + "and ends.")
+    assert first == SENTENCE.strip()
+    assert second.startswith("It goes on")
+
+
+def test_sentences_do_not_depend_on_the_windows_they_are_looked_for_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"Dr. No said {number}.5 to Mrs. Yes, e.g. at 10 p.m., and more. " for number in range(400))
+    windowed = texts_of(text, max_chars=80)
+    monkeypatch.setattr(splitting, "_WINDOW", len(text) + 1)
+    assert windowed == texts_of(text, max_chars=80)
 
 
 def test_chunks_are_whole_sentences_packed_to_the_limit() -> None:
