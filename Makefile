@@ -15,7 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
 ifeq ($(shell uname -s),Darwin)
 PLATFORM ?= macos
 else
-PLATFORM ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+PLATFORM ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 endif
 CONSTRAINTS := constraints/$(PLATFORM).txt
 TORCH_INDEX_macos :=
@@ -51,6 +51,7 @@ test: $(DEV_STAMP)
 	$(PY) -m pytest $(ARGS)
 
 setup: $(DEV_STAMP)
+	@echo "$(VENV) is ready."
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .
@@ -75,7 +76,7 @@ clean:
 
 # An environment whose interpreter no longer starts (its Python was upgraded, the folder moved) is made anew.
 # The last line is the check that pip cannot make: packages installed without their pins import together.
-$(RUN_STAMP): $(RUN_FILES)
+$(RUN_STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; name one with make PYTHON=..." >&2; exit 1; }
 	@echo "Setting up $(VENV) for $(PLATFORM), once; this takes a minute or two ..."
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -87,11 +88,11 @@ $(RUN_STAMP): $(RUN_FILES)
 	@$(PY) -c 'from engine import upstream; upstream.chatterbox(); upstream.perth()'
 	@touch $@
 
-$(DEV_STAMP): $(RUN_STAMP) $(DEV_FILES)
+$(DEV_STAMP): $(RUN_STAMP)
 	@echo "Adding what tests and checks need ..."
 	@$(PIP) -q -c $(CONSTRAINTS) -r requirements-dev.txt
 	@rm -f $(VENV)/.dev-* && touch $@
 
-$(LANGUAGE_STAMP): $(RUN_STAMP) $(LANGUAGE_FILES)
+$(LANGUAGE_STAMP): $(RUN_STAMP)
 	@$(PIP) -q -c $(CONSTRAINTS) -r requirements-languages.txt
 	@rm -f $(VENV)/.languages-* && touch $@
