@@ -121,6 +121,7 @@ def _keep_nucleus(values: Tensor, top_p: Tensor) -> Tensor:
 
 
 def candidates_needed(settings: list[SamplingSettings], vocab_size: int) -> int:
-    """`num_candidates` for rows with these settings."""
-    wanted = [min(s.top_k, vocab_size) for s in settings if s.top_k < vocab_size or s.top_p < 1.0]
-    return max(wanted, default=0)
+    """`num_candidates` for rows with these settings: one that filters nothing keeps everything beside one that does."""
+    if all(s.top_k >= vocab_size and s.top_p >= 1.0 for s in settings):
+        return 0
+    return max(min(s.top_k, vocab_size) for s in settings)
