@@ -69,21 +69,21 @@ def _bar_class(progress: Progress | None) -> type[Any]:
 
     The hub's client draws one bar of files and one or two of bytes (received, written), whose totals it sets later.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     lock, bars = threading.Lock(), []
 
     class Listener(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            counts_bytes = kwargs.get("unit") == "B"
             super().__init__(*args, **(kwargs | {"disable": True}))
-            if counts_bytes:
+            self.counts_bytes = kwargs.get("unit") == "B"
+            if self.counts_bytes:
                 bars.append(self)
 
         def update(self, n: float | None = 1) -> None:
             with lock:
                 self.n += n or 0
-                if progress is not None and self in bars:
+                if progress is not None and self.counts_bytes:
                     progress(int(max(bar.n for bar in bars)), int(max(bar.total or 0 for bar in bars)))
 
     return Listener

@@ -8,11 +8,11 @@ the file is mapped anew every few MiB: the peak stays near the size of the weigh
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -22,13 +22,11 @@ from torch import nn
 from engine.errors import SpeechError
 
 MAX_WINDOW_BYTES = 64 << 20
-"""Most bytes of a file that stay mapped and read; for small files it is a sixteenth of their size."""
+"""Most bytes of a file that stay mapped and read; for small files it is a thirty-second of their size."""
 
 
 class _Source(Protocol):
-    """An open weight file. `mapped` says that opening it anew frees what was read and costs little."""
-
-    mapped: bool
+    """An open weight file. `forget` unmaps and maps it anew, so that what was read is no longer resident."""
 
     def keys(self) -> Sequence[str]: ...
 
@@ -36,12 +34,19 @@ class _Source(Protocol):
 
     def tensor(self, key: str) -> torch.Tensor: ...
 
+    def forget(self) -> None: ...
+
 
 class _Safetensors:
-    mapped = True
-
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt", device="cpu")
+        self._path = path
+        self._file: Any = self._open()
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(self._path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise _unreadable(self._path, str(error)) from error
 
     def keys(self) -> Sequence[str]:
         return self._file.offset_keys()  # in file order, which reads ahead well
@@ -52,16 +57,51 @@ class _Safetensors:
     def tensor(self, key: str) -> torch.Tensor:
         return self._file.get_tensor(key)
 
+    def forget(self) -> None:
+        self._file = None  # first, so that the old and the new mapping never lie side by side
+        self._file = self._open()
 
-class _Pickled:
+
+class _Zipped:
+    """torch.save's format since 1.6. Its pickle is read once, onto the meta device, for it takes a second for some
+    thousand tensors; the data is then mapped as often as needed at the offsets that torch noted on the storages
+    (`_checkpoint_offset`, see torch's notes on serialization)."""
+
     def __init__(self, path: Path) -> None:
-        self.mapped = _is_zip(path)
-        state = load_pickled(path)
-        if isinstance(state, dict) and "model" in state and isinstance(state["model"], list | tuple):
-            state = state["model"][0]  # upstream's training checkpoints of T3
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise _unreadable(path, "it does not hold a state dict")
-        self._state: dict[str, torch.Tensor] = state
+        self._path = path
+        self._outline = _state_dict(path, load_pickled(path, "meta"))
+        self._mapping: Any = None
+
+    def keys(self) -> Sequence[str]:
+        return list(self._outline)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._outline[key].shape)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        outline = self._outline[key]
+        storage = outline.untyped_storage()
+        start = storage._checkpoint_offset
+        assert start is not None, key
+        data = self._mapped[start : start + storage.nbytes()]
+        place = (outline.storage_offset(), outline.shape, outline.stride())
+        return torch.empty(0, dtype=outline.dtype).set_(data, *place)
+
+    @property
+    def _mapped(self) -> Any:
+        if self._mapping is None:
+            self._mapping = torch.UntypedStorage.from_file(str(self._path), False, self._path.stat().st_size)
+        return self._mapping
+
+    def forget(self) -> None:
+        self._mapping = None
+
+
+class _Whole:
+    """A .pt file that cannot be mapped by piece: torch.save's format before 1.6, or a torch that notes no offsets."""
+
+    def __init__(self, path: Path) -> None:
+        self._state = _state_dict(path, load_pickled(path))
 
     def keys(self) -> Sequence[str]:
         return list(self._state)
@@ -71,6 +111,26 @@ class _Pickled:
 
     def tensor(self, key: str) -> torch.Tensor:
         return self._state[key]
+
+    def forget(self) -> None:
+        pass
+
+
+def _offsets_are_noted() -> bool:
+    """Whether this torch notes offsets when it loads to the meta device; seen in 2.13, not in every 2.x before."""
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(1), buffer)
+    buffer.seek(0)
+    storage = torch.load(buffer, map_location="meta", weights_only=True).untyped_storage()
+    return getattr(storage, "_checkpoint_offset", None) is not None
+
+
+def _state_dict(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), list | tuple) and loaded["model"]:
+        loaded = loaded["model"][0]  # T3 as upstream's training saves it
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise _unreadable(path, "it does not hold a state dict")
+    return loaded
 
 
 class WeightFile:
@@ -84,24 +144,21 @@ class WeightFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._source: _Source | None = self._open()
-        self._num_bytes_read = 0
-        self.window_bytes = min(MAX_WINDOW_BYTES, self.path.stat().st_size // 16)
-
-    def _open(self) -> _Source:
         if not self.path.is_file():
             raise SpeechError("weights_missing", f"{self.path} is not there", "model")
-        try:
-            return _Safetensors(self.path) if self.path.suffix == ".safetensors" else _Pickled(self.path)
-        except SafetensorError as error:
-            raise _unreadable(self.path, str(error)) from error
+        self.window_bytes = min(MAX_WINDOW_BYTES, self.path.stat().st_size // 32)
+        self._num_bytes_read = 0
+        self._source: _Source | None = self._open()
+
+    def _open(self) -> _Source:
+        if self.path.suffix == ".safetensors":
+            return _Safetensors(self.path)
+        return _Zipped(self.path) if _is_zip(self.path) and _offsets_are_noted() else _Whole(self.path)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -127,27 +184,28 @@ class WeightFile:
     def note_read(self, num_bytes: int) -> None:
         """Tell that so much was copied out; past the window the file is mapped afresh, which frees what was read."""
         self._num_bytes_read += num_bytes
-        if self._opened.mapped and self._num_bytes_read >= self.window_bytes:
-            self._source = None  # before opening again, so that the two never lie side by side
-            self._source = self._open()
+        if self._num_bytes_read >= self.window_bytes:
+            self._opened.forget()
             self._num_bytes_read = 0
 
 
-def load_pickled(path: Path | str) -> Any:
-    """Read a .pt file: tensors in plain containers, on the CPU, memory-mapped where its format allows.
+def load_pickled(path: Path | str, device: str = "cpu") -> Any:
+    """Read a .pt file: tensors in plain containers, memory-mapped where its format allows.
+
+    Args:
+        device: "cpu", or "meta" for shapes and dtypes without the data.
 
     Raises:
         SpeechError: weights_missing when it is damaged or holds anything else.
     """
     path = Path(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        return torch.load(path, map_location=device, weights_only=True, mmap=_is_zip(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise _unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
 def _is_zip(path: Path) -> bool:
-    """torch.save's format since 1.6. The older one cannot be mapped: it is read whole, and held until closed."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
@@ -230,7 +288,7 @@ def _plan(
     renamed = dict(_renamed(weights.keys(), prefix, rename))
     parts = {key for made in combined.values() for key in made.keys}
     names = {name: Combined((name,), _as_it_is) for name in renamed if name not in parts} | dict(combined)
-    wanted = _named_tensors(module)
+    wanted = module.state_dict(keep_vars=True)
     unexpected = sorted(names.keys() - wanted.keys())
     missing = _missing_names(wanted, names, strict=strict) + sorted(parts - renamed.keys())
     plan = {name: made for name, made in names.items() if name in wanted}
@@ -278,14 +336,9 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(str(size) for size in shape) or "scalar"
 
 
-def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict's parameters and buffers themselves, tied ones under each of their names."""
-    return module.state_dict(keep_vars=True)
-
-
 def _names_by_tensor(module: nn.Module) -> dict[str, tuple[torch.Tensor, list[str]]]:
     """Name → its tensor and all names of that tensor."""
-    tensors = _named_tensors(module)
+    tensors = module.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
