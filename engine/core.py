@@ -79,7 +79,7 @@ class Core:
         self._inbox: queue.SimpleQueue[_Add | _Cancel | _Close] = queue.SimpleQueue()
         self._scheduler = Scheduler()
         self._utterances: dict[int, Utterance] = {}
-        self._rows: dict[int, Ticket] = {}  # by lead row
+        self._rows: dict[int, Ticket] = {}  # by handle of the decoder
         self._ready: list[Ticket] = []  # decoded, not yet rendered
         self._is_closing = False
         self._num_tokens = self._num_retries = 0
@@ -162,9 +162,9 @@ class Core:
             seed=chunk.attempt_seed,
             max_new_tokens=chunk.max_new_tokens,
         )
-        lead = self._decoder.admit(request)
-        assert lead is not None, "the scheduler gave more than there are rows"
-        self._rows[lead] = ticket
+        handle = self._decoder.admit(request)
+        assert handle is not None, "the scheduler gave more than there are rows"
+        self._rows[handle] = ticket
         utterance.add_time("prefill", time.perf_counter() - started)
 
     def _decode(self) -> None:
@@ -181,18 +181,18 @@ class Core:
         elapsed = time.perf_counter() - started
         for job in {ticket.job for ticket in self._rows.values()}:
             self._utterances[job].add_time("decode", elapsed)
-        for lead, row in rows.items():
-            self._look_at(lead, row)
+        for handle, row in rows.items():
+            self._look_at(handle, row)
 
-    def _look_at(self, lead: int, row: DecodedRow) -> None:
-        ticket = self._rows.get(lead)
+    def _look_at(self, handle: int, row: DecodedRow) -> None:
+        ticket = self._rows.get(handle)
         if ticket is None:  # its utterance failed a moment ago
             return
         utterance = self._utterances[ticket.job]
         if row.is_broken:
             self._fail(utterance, SpeechError("generation_failed", "the model gave numbers that are not finite"))
         elif row.has_ended or _is_looping(row):
-            self._release(lead)
+            self._release(handle)
             self._num_tokens += len(row.tokens)
             self._take(ticket, utterance, row)
 
@@ -245,15 +245,15 @@ class Core:
         kept = max(1, num_tokens - 1) if self._spec.trim_last_token else num_tokens
         return kept * SAMPLE_RATE // SPEECH_TOKEN_RATE
 
-    def _release(self, lead: int) -> None:
-        self._decoder.release(lead)
-        del self._rows[lead]
+    def _release(self, handle: int) -> None:
+        self._decoder.release(handle)
+        del self._rows[handle]
 
     def _drop(self, utterance_id: int) -> None:
         """Forget an utterance and free all that it holds."""
         self._scheduler.cancel(utterance_id)
-        for lead in [lead for lead, ticket in self._rows.items() if ticket.job == utterance_id]:
-            self._release(lead)
+        for handle in [handle for handle, ticket in self._rows.items() if ticket.job == utterance_id]:
+            self._release(handle)
         self._ready = [ticket for ticket in self._ready if ticket.job != utterance_id]
         self._utterances.pop(utterance_id, None)
 

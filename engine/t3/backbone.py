@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,8 +56,7 @@ class KVCache:
     def __init__(self, shape: BackboneShape, num_rows: int, length: int, device: torch.device, dtype: torch.dtype):
         size = (shape.num_layers, num_rows, shape.num_heads, length, HEAD_DIM)
         # Zeros, not empty: masked positions are multiplied by zero weights, and 0 × NaN is NaN.
-        self.keys = torch.zeros(size, device=device, dtype=dtype)
-        self.values = torch.zeros(size, device=device, dtype=dtype)
+        self.keys, self.values = _zeros(size, device, dtype), _zeros(size, device, dtype)
         self.num_rows, self.length = num_rows, length
 
     @staticmethod
@@ -72,20 +72,43 @@ class KVCache:
         self.keys[:, row, :, : keys.shape[2]] = keys
         self.values[:, row, :, : values.shape[2]] = values
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a row's first positions to another row."""
+        for part in (self.keys, self.values):
+            part[:, target, :, :length] = part[:, source, :, :length]
+
 
 @dataclass(frozen=True)
 class Window:
     """Which part of the cache a pass writes and sees.
 
     Args:
-        rows: a slice of adjacent rows, so that the cache is viewed and never copied.
+        rows: a slice of adjacent rows, whose cache is viewed and never copied (decoding), or int64 (rows,)
+            indexes of any rows, whose visible cache is gathered (prefill).
         length: positions visible at most (a bucket at least as long as the longest row).
         positions: int64 (rows, n), absolute position of each input.
     """
 
-    rows: slice
+    rows: slice | Tensor
     length: int
     positions: Tensor
+
+    def update(self, cache: Tensor, new: Tensor) -> Tensor:
+        """Write new keys or values, (rows, heads, n, head_dim), into one layer's cache; what the rows see of it."""
+        if isinstance(self.rows, slice):
+            view = cache[self.rows]
+            index = self.positions[:, None, :, None].expand(-1, view.shape[1], -1, HEAD_DIM)
+            view.scatter_(2, index, new.to(cache.dtype))
+            return view[:, :, : self.length]
+        cache[self.rows[:, None], :, self.positions] = new.transpose(1, 2).to(cache.dtype)
+        return cache[self.rows, :, : self.length]
+
+
+def _zeros(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros; on a CPU, pages that the system hands out when they are first written (numpy's calloc)."""
+    if device.type == "cpu" and dtype == torch.float32:
+        return torch.from_numpy(np.zeros(size, dtype=np.float32))
+    return torch.zeros(size, device=device, dtype=dtype)
 
 
 class Attention(nn.Module):
@@ -102,14 +125,8 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, n, head_dim)
         if rope is not None:
             query, key = rope.rotate(query), rope.rotate(key)
-        keys, values = cache.keys[layer, window.rows], cache.values[layer, window.rows]
-        # (rows, heads, n, head_dim) positions written per row: rows do not share a position.
-        index = window.positions[:, None, :, None].expand(-1, keys.shape[1], -1, HEAD_DIM)
-        keys.scatter_(2, index, key.to(keys.dtype))
-        values.scatter_(2, index, value.to(values.dtype))
-        attended = F.scaled_dot_product_attention(
-            query.to(keys.dtype), keys[:, :, : window.length], values[:, :, : window.length], attn_mask=mask
-        )
+        keys, values = window.update(cache.keys[layer], key), window.update(cache.values[layer], value)
+        attended = F.scaled_dot_product_attention(query.to(keys.dtype), keys, values, attn_mask=mask)
         return _linear(attended.transpose(1, 2).reshape(num_rows, num_new, width), self.out)
 
 
