@@ -1,0 +1,222 @@
+"""RunPod entry point, and one job at a time on a person's own machine.
+
+    python handler.py                             run test_input.json
+    python handler.py --test_input '{"input": …}'  run this job; @job.json reads a file, - standard input
+    python handler.py --rp_serve_api              serve the platform's API on this machine
+
+Where the platform started this process, it takes jobs until it is told to stop. Elsewhere it runs one
+job through the same code, without a key or a network: the audio goes to out/, the result to standard
+output with the audio's path in place of its base64, and a summary to standard error. (The SDK's own
+local run is not used: it prints the whole base64, and reads neither files nor standard input.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import JobError, error_result
+from jobs.schema import parse_job
+from jobs.settings import Settings, SettingsError, read_settings
+from jobs.worker import BrokenWorker, Worker
+
+DEFAULT_JOB = Path(__file__).resolve().parent / "test_input.json"
+OUT_DIR = Path("out")
+_AUDIO_FIELDS = ("audio", "sample_audio")
+_PLATFORM_VARIABLES = ("RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_REALTIME_PORT")
+_ROOMS = ("handler", "jobs", "engine", "voice_library")
+
+_log = logging.getLogger("handler")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a worker or one local job; returns the process's exit status."""
+    options, rest = _parse_arguments(arguments)
+    try:
+        settings = read_settings()
+    except SettingsError as error:
+        print(f"error: the environment holds settings that cannot be used: {error}", file=sys.stderr)
+        return 2
+    on_platform = any(os.environ.get(name) for name in _PLATFORM_VARIABLES)
+    if not on_platform:
+        settings = _local_settings(settings)
+    _configure_logging(settings.log_level)
+    if options.test_input is not None:
+        return run_local(options.test_input, settings)
+    if not (on_platform or "--rp_serve_api" in rest):
+        return run_local(f"@{DEFAULT_JOB}", settings)
+    serve(settings)
+    return 0
+
+
+def serve(settings: Settings) -> None:
+    """Load the model, then take jobs through the SDK until it returns."""
+    worker = _load_worker(settings)
+    runpod = _import_runpod(settings.log_level)
+
+    async def handler(job: dict[str, Any]) -> dict[str, Any]:
+        return await worker.run(job)
+
+    try:
+        runpod.serverless.start({"handler": handler, "concurrency_modifier": lambda _current: settings.max_concurrency})
+    finally:
+        worker.close()
+
+
+def run_local(source: str, settings: Settings) -> int:
+    """Run one job, write its audio to out/ and report it; 1 when the job failed."""
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
+        job, result = asyncio.run(_run_once(source, settings))
+        result = _audio_to_files(result, _file_stem(job))
+    print(json.dumps(result, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8"))
+    print(_summary(job, result), file=sys.stderr)
+    return 1 if "error" in result else 0
+
+
+async def _run_once(source: str, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        job = read_job(source)
+        parse_job(job)  # a mistake is told before a model is loaded
+        worker = await asyncio.to_thread(Worker.load, settings, local_files=True)
+    except Exception as error:
+        return {}, error_result(error)
+    with contextlib.closing(worker):
+        return job, await worker.run(job)
+
+
+def read_job(source: str) -> dict[str, Any]:
+    """The job in `source`: JSON, `@PATH` of a JSON file, or `-` for standard input.
+
+    Raises:
+        JobError: invalid_request.
+    """
+    try:
+        text = _job_text(source)
+        job = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise JobError("invalid_request", f"--test_input: cannot read the job: {error}", "input") from error
+    if not isinstance(job, dict):
+        raise JobError("invalid_request", 'expected a job {"input": {…}}', "input")
+    return job
+
+
+def _job_text(source: str) -> str:
+    if source == "-":
+        return sys.stdin.read()
+    return Path(source[1:]).read_text(encoding="utf-8") if source.startswith("@") else source
+
+
+def _parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="handler.py",
+        description="Run one job on this machine, or a RunPod worker where the platform started it.",
+        epilog="The SDK's own options (--rp_serve_api, --rp_api_port, --rp_log_level, …) are handed on to it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--test_input", metavar="JOB", help="a job as JSON, @PATH of a file, or - (standard input)")
+    options, rest = parser.parse_known_args(arguments)
+    if not any(argument.startswith("--rp_") for argument in rest) and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options, rest
+
+
+def _local_settings(settings: Settings) -> Settings:
+    local = settings.for_local_test()
+    if "model" not in settings.model_fields_set:
+        print(
+            f"Speaking with the {local.model} voice; set MODEL (MODEL=nano, MODEL=turbo, …) for a real model.",
+            file=sys.stderr,
+        )
+    return local
+
+
+def _load_worker(settings: Settings) -> Worker | BrokenWorker:
+    if settings.unused:
+        _log.warning("set, and not used by this version: %s", ", ".join(settings.unused))
+    try:
+        return Worker.load(settings)
+    except Exception as error:
+        return BrokenWorker(error)
+
+
+def _configure_logging(level: str) -> None:
+    """Our rooms at LOG_LEVEL, libraries from warnings up. First come, first served: the SDK's own
+    logging set-up finds a root handler and leaves it alone."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+    for room in _ROOMS:
+        logging.getLogger(room).setLevel(level)
+
+
+def _import_runpod(level: str) -> Any:
+    """Import the SDK with its logger tamed: at its default level, DEBUG, it prints whole outputs."""
+    sdk_levels = {"DEBUG": "INFO", "INFO": "INFO", "WARNING": "WARN"}
+    os.environ["RUNPOD_LOG_LEVEL"] = sdk_levels.get(level, "ERROR")
+    import runpod
+
+    return runpod
+
+
+def _file_stem(job: Mapping[str, Any]) -> str:
+    """A safe file name from the job's id."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", str(job.get("id") or "speech")).strip("-")[:60] or "speech"
+
+
+def _audio_to_files(result: Mapping[str, Any], stem: str) -> dict[str, Any]:
+    """The result with its audio written to out/ and replaced by the file's path."""
+    path = OUT_DIR / f"{stem}.{result.get('format', 'bin')}"
+    replaced = dict(result)
+    for field in _AUDIO_FIELDS:
+        if field in result:
+            _write_atomically(path, base64.b64decode(result[field]))
+            replaced[field] = str(path)
+    return replaced
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _summary(job: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """A few lines for a person."""
+    if "error" in result:
+        return f"error ({result['error_code']}): {result['error']}"
+    if "audio" not in result:
+        return f"done: {job.get('input', {}).get('operation', 'tts')}"
+    text = " ".join(chunk["text"] for chunk in result["chunks"])
+    lines = {
+        "text": text if len(text) <= 100 else f"{text[:99]}…",
+        "voice": f"{result['voice']} ({result['model']})",
+        "duration": f"{result['duration_s']:.2f} s",
+        "real-time factor": f"{result['timings']['real_time_factor']:.3f}",
+        "file": result["audio"],
+    }
+    warnings = [f"  warning: {warning}" for warning in result["warnings"]]
+    return "\n".join([*(f"  {name:<17} {value}" for name, value in lines.items()), *warnings])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

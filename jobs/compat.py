@@ -1,0 +1,77 @@
+"""Fields that clients of other Chatterbox workers send, and what becomes of them here.
+
+A client should be able to point at this worker and be understood: names we have under another name are
+renamed, what has no counterpart is accepted and answered with a warning, and what is known to the job
+API but not served is refused by name. Nothing is dropped without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.errors import JobError
+
+OPERATION_ALIASES: Mapping[str, str] = {"voice_cloning": "voice_clone"}
+
+FIELD_ALIASES: Mapping[str, str] = {"cfg": "cfg_weight", "language_id": "language"}
+
+IGNORED_FIELDS: Mapping[str, str] = {
+    "speed": "the model sets its own pace",
+    "streaming": "this worker does not stream; the whole audio is returned",
+    "chunk_size": "the worker plans its own chunks",
+    "context_window": "the worker plans its own chunks",
+    "fade_duration": "the worker joins its own chunks",
+    "voice_description": "voices come from recordings, not from descriptions",
+    "voice_mode": "the voice is chosen by voice_id, voice_name or reference_audio",
+    "target_voice": "the voice is chosen by voice_id, voice_name or reference_audio",
+    "conversion_strength": "the model has no such control",
+    "no_watermark": "all audio is watermarked",
+    "print_metrics": "figures are always in the result's timings",
+    "max_reference_duration_sec": "the model takes what it needs from the start of the recording",
+    "user_id": "the worker keeps nothing per user",
+}
+
+UNSERVED_FIELDS: Mapping[str, str] = {
+    "segments": "this worker speaks one text per job; send `text`",
+    "subtitles": "this worker does not write subtitles; the result's chunks carry their times",
+    "idempotency_key": "this worker keeps no results between jobs",
+    "save_to_library": "this worker has no voice library to save to; send the recording with each job",
+    "input_audio": "this worker does not convert recordings",
+    "target_audio": "this worker does not convert recordings",
+    "target_speaker": "this worker does not convert recordings",
+    "transfer_mode": "this worker does not convert recordings",
+}
+
+
+def adopt(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Put a client's fields into our names.
+
+    A null counts as not given, and so does `false` where a field is not served or not used.
+
+    Returns:
+        The fields that remain, and a warning for each that was ignored.
+
+    Raises:
+        JobError: invalid_request, for a field given under both its names and for one not served.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    ours: dict[str, Any] = {}
+    warnings: list[str] = []
+    for name, value in given.items():
+        if name in IGNORED_FIELDS:
+            if value is not False:
+                warnings.append(f"{name} was ignored: {IGNORED_FIELDS[name]}")
+        elif name in UNSERVED_FIELDS:
+            if value is not False:
+                raise JobError("invalid_request", f"{name} is not served: {UNSERVED_FIELDS[name]}", name)
+        else:
+            ours[_our_name(name, given)] = value
+    return ours, tuple(warnings)
+
+
+def _our_name(name: str, given: Mapping[str, Any]) -> str:
+    ours = FIELD_ALIASES.get(name, name)
+    if ours != name and ours in given:
+        raise JobError("invalid_request", f"{name} is another name of {ours}; send only one of them", name)
+    return ours

@@ -1,0 +1,146 @@
+"""The voice a job asks for: from the text of `reference_audio` to a VoicePrompt.
+
+Everything about a client's bytes is bounded before it is read: the size before decoding base64 or
+opening a file, the duration before decoding samples. Decoding runs in a thread, so that a large
+recording never holds up the jobs beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from engine.types import VoicePrompt
+from jobs.context import JobContext
+from jobs.errors import JobError
+from jobs.schema import SpeechInput, Tts
+from jobs.settings import Settings
+
+BUILT_IN = "built-in"
+"""What a result calls the model's own voice."""
+
+REFERENCE = "reference"
+"""What a result calls the voice of a recording that has no name."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+@dataclass(frozen=True)
+class ResolvedVoice:
+    """A voice to speak with.
+
+    Args:
+        name: what the result calls it.
+        prompt: the recording; None for the model's built-in voice.
+    """
+
+    name: str
+    prompt: VoicePrompt | None = None
+
+
+async def resolve_voice(request: SpeechInput, context: JobContext) -> ResolvedVoice:
+    """Find the voice that a request names, or the deployment's default.
+
+    Raises:
+        JobError: voice_not_found, download_refused, reference_unreadable, reference_too_long.
+        SpeechError: reference_unreadable, reference_too_short, reference_too_long, reference_silent.
+    """
+    if request.reference_audio is not None:
+        prompt = await asyncio.to_thread(read_reference, request.reference_audio, "reference_audio", context)
+        return ResolvedVoice(REFERENCE, prompt)
+    if isinstance(request, Tts):
+        for field in ("voice_id", "voice_name"):
+            if (wanted := getattr(request, field)) is not None:
+                raise JobError("voice_not_found", f"no voice {wanted[:80]!r}: this worker has no voice library", field)
+    if (default := context.settings.default_voice) is not None:
+        raise JobError("voice_not_found", f"DEFAULT_VOICE is {default!r}, and this worker has no voice library")
+    return ResolvedVoice(BUILT_IN)
+
+
+def read_reference(source: str, field: str, context: JobContext) -> VoicePrompt:
+    """Read a recording that a client sent. Blocks: call it in a thread.
+
+    Args:
+        source: base64, a data URI, or (where local files are allowed) `file:PATH`.
+        field: name of the input field, for errors.
+        context: the job's limits and permissions.
+
+    Raises:
+        JobError, SpeechError: as `resolve_voice`.
+    """
+    from engine.audio.reading import check_reference, decode
+
+    data = _fetch(source, field, context.settings, local_files=context.local_files)
+    audio, sample_rate = decode(data, max_duration_s=context.settings.max_reference_s, field=field)
+    check_reference(audio, sample_rate, field=field)
+    return VoicePrompt(audio, sample_rate)
+
+
+def _fetch(source: str, field: str, settings: Settings, *, local_files: bool) -> bytes:
+    scheme = _SCHEME.match(source)
+    if scheme is None:
+        return _from_base64(source, field, settings.max_reference_bytes)
+    name = scheme[1].lower()
+    if name == "data":
+        return _from_data_uri(source, field, settings.max_reference_bytes)
+    if name == "file" and local_files:
+        return _from_file(source[scheme.end() :], field, settings.max_reference_bytes)
+    raise JobError("download_refused", _refusal(name), field)
+
+
+def _refusal(scheme: str) -> str:
+    if scheme == "file":
+        return "file: is read in local test mode only; send the recording as base64 or data URI"
+    return f"this worker does not fetch {scheme}: addresses; send the recording as base64 or data URI"
+
+
+def _from_base64(text: str, field: str, max_bytes: int) -> bytes:
+    compact = "".join(text.split()).translate(_URL_SAFE)  # line-wrapped and URL-safe spellings are common
+    _check_size(len(compact) * 3 // 4, field, max_bytes)
+    try:
+        data = base64.b64decode(compact, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise JobError("reference_unreadable", f"{field}: expected base64 or a data URI ({error})", field) from error
+    return _not_empty(data, field)
+
+
+def _from_data_uri(uri: str, field: str, max_bytes: int) -> bytes:
+    header, comma, body = uri.partition(",")
+    if not comma:
+        raise JobError("reference_unreadable", f"{field}: the data URI has no comma before its data", field)
+    if header.rpartition(";")[2].strip().lower() == "base64":
+        return _from_base64(body, field, max_bytes)
+    _check_size(len(body) // 3, field, max_bytes)
+    return _not_empty(unquote_to_bytes(body), field)
+
+
+def _from_file(path_text: str, field: str, max_bytes: int) -> bytes:
+    path = Path(path_text.removeprefix("//")).expanduser()
+    try:
+        _check_size(path.stat().st_size, field, max_bytes)
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise JobError("reference_unreadable", f"{field}: cannot read {path}: {reason}", field) from error
+    return _not_empty(data, field)
+
+
+def _check_size(num_bytes: int, field: str, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise JobError(
+            "reference_too_long",
+            f"{field}: at most {max_bytes / 1e6:.1f} MB, got {num_bytes / 1e6:.1f} MB",
+            field,
+        )
+
+
+def _not_empty(data: bytes, field: str) -> bytes:
+    if not data:
+        raise JobError("reference_unreadable", f"{field}: the recording is empty", field)
+    return data

@@ -1,0 +1,120 @@
+"""A light engine for tests of everything around the engine, and recordings to send it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from engine.types import Chunk, FloatArray, Speech, SpeechRequest
+from jobs.settings import Settings
+from jobs.worker import Worker
+
+RATE = 24_000
+
+
+class ToneEngine:
+    """Answers each request with a tone at once, or with what `answer` says; remembers the requests."""
+
+    model = "tone"
+    sample_rate = RATE
+    languages = ("en", "fr")
+
+    def __init__(self, answer: Callable[[SpeechRequest, Future[Speech]], None] | None = None) -> None:
+        self.requests: list[SpeechRequest] = []
+        self.futures: list[Future[Speech]] = []
+        self.closed = False
+        self._answer = answer or self.finish
+
+    def submit(self, request: SpeechRequest) -> Future[Speech]:
+        future: Future[Speech] = Future()
+        self.requests.append(request)
+        self.futures.append(future)
+        self._answer(request, future)
+        return future
+
+    def finish(self, request: SpeechRequest, future: Future[Speech]) -> None:
+        future.set_result(tone_speech(request))
+
+    def stats(self) -> dict[str, Any]:
+        return {"device": "cpu", "rows": 1}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def tone(duration_s: float, rate: int = RATE, frequency_hz: float = 150.0) -> FloatArray:
+    """A harmonic tone at half scale: float32 (T,)."""
+    times = np.arange(int(duration_s * rate)) / rate
+    wave = sum(np.sin(2 * np.pi * frequency_hz * harmonic * times) / harmonic for harmonic in range(1, 6))
+    return (0.25 * np.asarray(wave)).astype(np.float32)
+
+
+def tone_speech(request: SpeechRequest) -> Speech:
+    text = request.all_segments[0].text
+    waveform = tone(0.02 * min(len(text), 200) + 0.2)
+    chunk = Chunk(0, text, 0.0, waveform.size / RATE)
+    return Speech(
+        waveform,
+        RATE,
+        (chunk,),
+        seed=5 if request.seed is None else request.seed,
+        model="tone",
+        watermarked=True,
+        timings={"decode": 0.1},
+        warnings=("tone has no such parameter",) if request.exaggeration is not None else (),
+    )
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    return Settings()
+
+
+@pytest.fixture
+def engine() -> ToneEngine:
+    return ToneEngine()
+
+
+@pytest.fixture
+def make_engine() -> type[ToneEngine]:
+    return ToneEngine
+
+
+@pytest.fixture
+def worker(engine: ToneEngine, settings: Settings) -> Worker:
+    return Worker(engine, settings)
+
+
+@pytest.fixture
+def recording() -> Callable[..., bytes]:
+    """Makes a recording as a file's bytes: format, subtype, rate, channels and length as asked."""
+
+    def make(
+        *,
+        file_format: str = "WAV",
+        subtype: str | None = None,
+        rate: int = RATE,
+        channels: int = 1,
+        duration_s: float = 6,
+    ) -> bytes:
+        audio = np.stack([tone(duration_s, rate)] * channels, axis=1)
+        buffer = io.BytesIO()
+        soundfile.write(buffer, audio, rate, format=file_format, subtype=subtype)
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def reference(recording: Callable[..., bytes]) -> str:
+    """Six seconds of a voice-like tone as base64."""
+    return base64.b64encode(recording()).decode()

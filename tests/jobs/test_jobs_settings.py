@@ -1,0 +1,72 @@
+"""The environment is read once, strictly, and told apart from the local defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.settings import LOCAL_DEFAULTS, Settings, SettingsError, read_settings, settings_table
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(settings: Settings) -> None:
+    """`settings` clears the variables."""
+
+
+def test_nothing_set_gives_the_worker_defaults() -> None:
+    settings = read_settings()
+    assert (settings.model, settings.device, settings.max_text_chars) == ("turbo", "auto", 5_000)
+
+
+def test_variables_are_read_and_empty_ones_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL", "nano")
+    monkeypatch.setenv("MODEL_DIR", "/weights")
+    monkeypatch.setenv("LOG_LEVEL", "warning")
+    monkeypatch.setenv("MAX_CONCURRENCY", "")
+    settings = read_settings()
+    assert (settings.model, settings.model_dir, settings.log_level) == ("nano", Path("/weights"), "WARNING")
+    assert settings.max_concurrency == Settings.model_fields["max_concurrency"].default
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DEVICE", "gpu"),
+        ("DTYPE", "int8"),
+        ("MAX_CONCURRENCY", "0"),
+        ("MAX_CONCURRENCY", "many"),
+        ("LOG_LEVEL", "loud"),
+        ("STREAMING", "true"),
+        ("JOB_TIMEOUT_S", "-1"),
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_its_variable(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name):
+        read_settings()
+
+
+def test_a_secret_shows_in_no_representation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", "hush")
+    settings = read_settings()
+    assert "hush" not in repr(settings)
+    assert settings.unused == ["BUCKET_SECRET_ACCESS_KEY"]
+
+
+def test_local_defaults_yield_to_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings().for_local_test().model == LOCAL_DEFAULTS["model"] == "draft"
+    monkeypatch.setenv("MODEL", "turbo")  # the worker's default, yet said explicitly
+    assert read_settings().for_local_test().model == "turbo"
+
+
+def test_settings_are_frozen(settings: Settings) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        settings.model = "nano"
+
+
+def test_the_table_has_a_row_for_each_setting() -> None:
+    table = settings_table()
+    assert all(f"| `{name.upper()}` |" in table for name in Settings.model_fields)

@@ -1,0 +1,244 @@
+"""handler.py as a person runs it, and as the platform does: real processes, the draft voice, no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+import handler
+from jobs.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+HANDLER = ROOT / "handler.py"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run of handler.py left: exit status, standard output and error."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    def result(self, status: int = 0) -> dict[str, Any]:
+        assert self.status == status, self.stderr
+        assert "Traceback" not in self.stderr
+        result: dict[str, Any] = json.loads(self.stdout)  # one JSON value and nothing else
+        return result
+
+
+def is_ours(variable: str) -> bool:
+    return variable.startswith("RUNPOD_") or variable in {name.upper() for name in Settings.model_fields}
+
+
+def run(cwd: Path, *arguments: str, stdin: str | None = None, **changes: str) -> Finished:
+    """handler.py in a process of its own."""
+    kept = {name: value for name, value in os.environ.items() if not is_ours(name)}
+    done = subprocess.run(
+        [sys.executable, str(HANDLER), *arguments],
+        cwd=cwd,
+        env=kept | changes,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Finished]:
+    """handler.py's main in this process, in tmp_path: the same code without the price of a start."""
+    monkeypatch.chdir(tmp_path)
+    for name in filter(is_ours, list(os.environ)):
+        monkeypatch.delenv(name)
+
+    def run_main(*arguments: str, **changes: str) -> Finished:
+        for name, value in changes.items():
+            monkeypatch.setenv(name, value)
+        try:
+            status = handler.main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Finished(status, captured.out, captured.err)
+
+    return run_main
+
+
+def job(**fields: Any) -> str:
+    return json.dumps({"input": fields})
+
+
+@pytest.fixture
+def voice_wav(tmp_path: Path) -> Path:
+    times = np.arange(6 * 24_000) / 24_000
+    wave = 0.2 * sum(np.sin(2 * np.pi * 210 * k * times) / k for k in range(1, 8))
+    path = tmp_path / "voice.wav"
+    soundfile.write(path, wave, 24_000)
+    return path
+
+
+def test_without_arguments_it_speaks_the_test_job_into_out(tmp_path: Path) -> None:
+    finished = run(tmp_path)
+    result = finished.result()
+    spoken = " ".join(chunk["text"] for chunk in result["chunks"])
+    assert spoken == json.loads((ROOT / "test_input.json").read_text())["input"]["text"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["hello.wav"]
+    assert soundfile.info(tmp_path / result["audio"]).duration == pytest.approx(result["duration_s"], abs=0.01)
+    assert result["model"] == "draft"
+    assert "set MODEL" in finished.stderr
+    for shown in ("Hello!", "built-in", f"{result['duration_s']:.2f} s", "real-time factor", result["audio"]):
+        assert shown in finished.stderr
+
+
+def test_a_job_comes_as_argument_as_file_or_on_standard_input(tmp_path: Path, call: Callable[..., Finished]) -> None:
+    text = job(text="Hello", seed=1, output_format="flac")
+    (tmp_path / "job.json").write_text(text)
+    audio = set()
+    for finished in (run(tmp_path, "--test_input", "-", stdin=text), call("--test_input", text)):
+        audio.add((tmp_path / finished.result()["audio"]).read_bytes())
+    finished = call("--test_input", "@job.json")
+    audio.add((tmp_path / finished.result()["audio"]).read_bytes())
+    assert len(audio) == 1
+
+
+def test_a_reference_as_file_and_as_base64_gives_the_same_voice_and_differs_from_none(
+    tmp_path: Path, voice_wav: Path, call: Callable[..., Finished]
+) -> None:
+    encoded = base64.b64encode(voice_wav.read_bytes()).decode()
+    (tmp_path / "job.json").write_text(job(text="Hello there", seed=1, reference_audio=encoded))
+    jobs = {
+        "file": job(text="Hello there", seed=1, reference_audio="file:voice.wav"),
+        "base64": "@job.json",
+        "none": job(text="Hello there", seed=1),
+    }
+    audio = {}
+    for name, source in jobs.items():
+        result = call("--test_input", source).result()
+        audio[name] = (tmp_path / result["audio"]).read_bytes()
+    assert audio["file"] == audio["base64"] != audio["none"]
+
+
+def test_a_voice_clone_writes_its_sample_and_shows_no_base64(voice_wav: Path, call: Callable[..., Finished]) -> None:
+    fields = {"operation": "voice_clone", "reference_audio": f"file:{voice_wav}"}
+    finished = call("--test_input", json.dumps({"id": "../my clone", "input": fields}))
+    result = finished.result()
+    assert result["audio"] == result["sample_audio"] == str(Path("out", "my-clone.wav"))
+    assert len(finished.stdout) + len(finished.stderr) < 5_000
+
+
+def test_info_runs_locally(call: Callable[..., Finished]) -> None:
+    assert call("--test_input", job(operation="info")).result()["model"] == "draft"
+
+
+def test_a_job_error_ends_the_process_with_1(tmp_path: Path) -> None:
+    assert run(tmp_path, "--test_input", '{"text": "Hello"}').result(status=1)["error_code"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        (job(text=""), "text_empty"),
+        (job(text="Hello", voice_id="x"), "voice_not_found"),
+        (job(text="Hello", reference_audio="file:missing.wav"), "reference_unreadable"),
+        ("not json", "invalid_request"),
+        ("[1]", "invalid_request"),
+        ("@missing.json", "invalid_request"),
+        ("[" * 100_000, "invalid_request"),
+        ("", "invalid_request"),
+    ],
+)
+def test_a_job_error_is_told_as_json_and_leaves_no_file(
+    source: str, code: str, tmp_path: Path, call: Callable[..., Finished]
+) -> None:
+    result = call("--test_input", source).result(status=1)
+    assert set(result) == {"error", "error_code", "field"}
+    assert result["error_code"] == code
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_had_is_a_coded_error(call: Callable[..., Finished]) -> None:
+    result = call("--test_input", job(text="Hello"), MODEL="turbot").result(status=1)
+    assert result["error_code"] == "model_unavailable"
+
+
+def test_bad_settings_and_unknown_options_exit_2_with_their_names(call: Callable[..., Finished]) -> None:
+    finished = call("--test-input", "x")
+    assert (finished.status, "--test-input" in finished.stderr) == (2, True)
+    finished = call(MAX_CONCURRENCY="lots")
+    assert (finished.status, "MAX_CONCURRENCY" in finished.stderr) == (2, True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The SDK's own local API around our handler, and the file that its output goes to."""
+    port, log = _free_port(), tmp_path / "log"
+    arguments = ["--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(HANDLER), *arguments],
+            cwd=tmp_path,
+            env={name: value for name, value in os.environ.items() if not is_ours(name)},
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            _wait_for_port(port, process)
+            yield f"http://127.0.0.1:{port}", log
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert process.poll() is None, "the server ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError("the server did not start")
+
+
+def _post(url: str, body: str) -> dict[str, Any]:
+    request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        decoded: dict[str, Any] = json.load(answer)
+        return decoded
+
+
+def test_the_sdks_own_server_runs_jobs_and_logs_no_audio(served: tuple[str, Path], voice_wav: Path) -> None:
+    url, log = served
+    answer = _post(f"{url}/runsync", job(text="Hello"))
+    assert answer["status"] == "COMPLETED"
+    audio = base64.b64decode(answer["output"]["audio"])
+    assert soundfile.info(io.BytesIO(audio)).samplerate == 24_000
+    refused = _post(f"{url}/runsync", job(text="Hello", reference_audio=f"file:{voice_wav}"))
+    assert (refused["status"], "local test mode" in refused["error"]) == ("FAILED", True)
+    assert answer["output"]["audio"][100:200] not in log.read_text()
