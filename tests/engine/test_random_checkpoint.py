@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engine.models import MODELS, START_TEXT_TOKEN, STOP_SPEECH_TOKEN, STOP_TEXT_TOKEN, get_model
+from engine.models import MODELS, START_SPEECH_TOKEN, START_TEXT_TOKEN, STOP_SPEECH_TOKEN, STOP_TEXT_TOKEN, get_model
 from engine.random_checkpoint import (
     PlantedSpeech,
     UpstreamModels,
@@ -20,6 +20,7 @@ from engine.random_checkpoint import (
     t3_config,
     write_checkpoint,
 )
+from engine.random_checkpoint.planted import MARGIN
 from engine.random_checkpoint.values import random_state
 from engine.upstream import chatterbox
 from tests.engine.conftest import Checkpoint, PlantedCheckpoint, Upstream
@@ -155,6 +156,20 @@ def test_planted_speech_without_an_end_loops_for_ever(model: str, planted_checkp
     tokens = _decode(upstream, model, [20, 21], **GREEDY[model])
     assert len(tokens) >= 60
     assert tokens == ([7, 8, 9] * 21)[: len(tokens)]
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_planted_logits_depend_on_the_last_token_alone(model: str, planted_checkpoint: PlantedCheckpoint) -> None:
+    t3 = load_upstream(planted_checkpoint(model, PLAN), model).t3
+    chain = torch.tensor([[START_SPEECH_TOKEN, *PLAN.tokens]])
+    speech = t3.speech_emb(chain) if t3.speech_pos_emb is None else t3.speech_emb(chain) + t3.speech_pos_emb(chain)
+    whatever_came_before = 10 * torch.randn(1, 9, t3.dim, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        hidden = t3.tfmr(inputs_embeds=torch.cat([whatever_came_before, speech], dim=1)).last_hidden_state[0, 9:]
+        logits = t3.speech_head(hidden)
+    expected = torch.zeros_like(logits)
+    expected[range(len(logits)), [*PLAN.tokens, STOP_SPEECH_TOKEN]] = MARGIN
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("tokens", [(), (1, 1), (6562,)])
