@@ -10,8 +10,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
 
 from engine import guard
 from engine.errors import SpeechError
@@ -19,12 +23,14 @@ from engine.models import SPEECH_TOKEN_RATE, ModelSpec
 from engine.s3gen.renderer import Pass, Renderer
 from engine.scheduler import Scheduler, Ticket
 from engine.t3.decoder import DecodedRow, Decoder, DecodeRequest
-from engine.types import SAMPLE_RATE
-from engine.utterance import ChunkWork, Utterance, fail, rendered_tokens
+from engine.types import SAMPLE_RATE, IntArray
+from engine.utterance import Utterance, fail, rendered_tokens
 from engine.voices import PreparedVoices
 
 STEPS_PER_LOOK = 8
 """Decoding steps between two looks at which rows have ended."""
+
+SAMPLES_PER_TOKEN = SAMPLE_RATE // SPEECH_TOKEN_RATE
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +48,28 @@ class _Cancel:
 @dataclass(frozen=True)
 class _Close:
     drain: bool
+
+
+@dataclass(frozen=True)
+class _PassWork:
+    utterance: Utterance
+    index: int
+    request: Pass
+
+
+@dataclass(frozen=True)
+class _RenderedPass:
+    work: _PassWork
+    outcome: Tensor | Exception
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    passes: list[_RenderedPass]
+
+
+_Message = _Add | _Cancel | _Close | _Rendered
 
 
 @dataclass(frozen=True)
@@ -64,6 +92,7 @@ class Core:
         renderer: S3Gen.
         voices: prepared voices.
         finish: takes an utterance whose chunks are all rendered; must return at once.
+        render_beside: render in a thread of its own, beside decoding (CUDA), not between steps (CPU).
     """
 
     def __init__(
@@ -73,14 +102,18 @@ class Core:
         renderer: Renderer,
         voices: PreparedVoices,
         finish: Callable[[Utterance], None],
+        *,
+        render_beside: bool = False,
     ) -> None:
         self._spec, self._decoder, self._renderer = spec, decoder, renderer
         self._voices, self._finish = voices, finish
-        self._inbox: queue.SimpleQueue[_Add | _Cancel | _Close] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._scheduler = Scheduler()
         self._utterances: dict[int, Utterance] = {}
         self._rows: dict[int, Ticket] = {}  # by handle of the decoder
-        self._ready: list[Ticket] = []  # decoded, not yet rendered
+        self._ready: list[tuple[int, int]] = []  # utterance and pass, decoded and not yet rendered
+        self._render_pool = ThreadPoolExecutor(1, "renderer") if render_beside else None
+        self._is_rendering = False
         self._is_closing = False
         self._num_tokens = self._num_retries = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -97,8 +130,9 @@ class Core:
     def close(self, *, drain: bool) -> None:
         """Finish (drain) or cancel what is there, then end the thread."""
         self._inbox.put(_Close(drain))
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
+        if self._render_pool is not None:
+            self._render_pool.shutdown()
 
     def stats(self) -> CoreStats:
         return CoreStats(
@@ -109,7 +143,8 @@ class Core:
 
     def _run(self) -> None:
         while not (self._is_closing and not self._utterances):
-            self._read_inbox(wait=not self._rows and not self._ready and not len(self._scheduler))
+            is_idle = not self._rows and not len(self._scheduler)
+            self._read_inbox(wait=is_idle and (self._is_rendering or not self._ready))
             self._admit()
             self._decode()
             self._render()
@@ -123,7 +158,7 @@ class Core:
             wait = False
             self._handle(message)
 
-    def _handle(self, message: _Add | _Cancel | _Close) -> None:
+    def _handle(self, message: _Message) -> None:
         match message:
             case _Add(utterance) if self._is_closing:
                 fail(utterance, SpeechError("cancelled", "the engine is closing"))
@@ -134,6 +169,9 @@ class Core:
                 self._scheduler.add(tickets, is_stream=utterance.is_stream)
             case _Cancel(utterance_id):
                 self._drop(utterance_id)
+            case _Rendered(passes):
+                self._is_rendering = False
+                self._receive(passes)
             case _Close(drain):
                 self._is_closing = True
                 for utterance in [] if drain else list(self._utterances.values()):
@@ -203,47 +241,70 @@ class Core:
             self._scheduler.put_back(ticket, is_stream=utterance.is_stream)
         elif guard.FLAG_EMPTY in chunk.flags:
             self._fail(utterance, SpeechError("generation_failed", f"no speech came out for {chunk.text!r}", "text"))
-        else:
-            self._ready.append(ticket)
+        elif utterance.is_pass_decoded(index := utterance.pass_of(ticket.chunk)):
+            self._ready.append((ticket.job, index))
 
     def _render(self) -> None:
-        ready, self._ready = self._ready, []
-        if not ready:
+        """Start on the passes that are decoded: here, or in the renderer's own thread when it is free."""
+        if not self._ready or self._is_rendering:
             return
+        ready, self._ready = self._ready, []
+        work = [
+            _PassWork(self._utterances[job], index, self._pass(self._utterances[job], index)) for job, index in ready
+        ]
+        if self._render_pool is None:
+            self._receive(self._render_all(work))
+        else:
+            self._is_rendering = True
+            self._render_pool.submit(lambda: self._inbox.put(_Rendered(self._render_all(work))))
+
+    def _pass(self, utterance: Utterance, index: int) -> Pass:
+        first = utterance.chunks[utterance.passes[index].start]
+        voice = self._voices.get(first.conditionals, utterance.exaggeration).flow
+        return Pass(voice, self._pass_tokens(utterance, index), first.seed)
+
+    def _pass_tokens(self, utterance: Utterance, index: int) -> IntArray:
+        chunks = [utterance.chunks[chunk] for chunk in utterance.passes[index]]
+        return np.concatenate([rendered_tokens(chunk.spoken_tokens, self._spec) for chunk in chunks])
+
+    def _render_all(self, work: list[_PassWork]) -> list[_RenderedPass]:
+        """Render together, or one by one when that fails, so that only the bad one fails."""
         started = time.perf_counter()
         try:
-            waveforms = self._renderer.render([self._pass_of(ticket) for ticket in ready])
+            waveforms = self._renderer.render([item.request for item in work])
         except Exception as error:
-            if len(ready) == 1:
-                self._fail(self._utterances[ready[0].job], error)
-            for ticket in ready if len(ready) > 1 else []:  # alone, so that only the bad one fails
-                self._ready = [ticket]
-                self._render()
-            return
-        elapsed = time.perf_counter() - started
-        for ticket, waveform in zip(ready, waveforms, strict=True):
-            utterance = self._utterances.get(ticket.job)
-            if utterance is None:
+            if len(work) == 1:
+                return [_RenderedPass(work[0], error, 0.0)]
+            return [rendered for item in work for rendered in self._render_all([item])]
+        elapsed = (time.perf_counter() - started) / len(work)
+        return [_RenderedPass(item, waveform, elapsed) for item, waveform in zip(work, waveforms, strict=True)]
+
+    def _receive(self, rendered: list[_RenderedPass]) -> None:
+        for item in rendered:
+            utterance = item.work.utterance
+            if utterance.id not in self._utterances:
                 continue
-            utterance.add_time("vocode", elapsed / len(ready))
-            utterance.waveforms[ticket.chunk] = waveform[: self._num_samples(utterance.chunks[ticket.chunk], waveform)]
+            if isinstance(item.outcome, Exception):
+                self._fail(utterance, item.outcome)
+                continue
+            utterance.add_time("vocode", item.elapsed_s)
+            utterance.waveforms.update(self._cut(utterance, item.work.index, item.outcome))
             if utterance.is_rendered:
-                del self._utterances[ticket.job]
+                del self._utterances[utterance.id]
                 self._finish(utterance)
 
-    def _pass_of(self, ticket: Ticket) -> Pass:
-        utterance = self._utterances[ticket.job]
-        chunk = utterance.chunks[ticket.chunk]
-        assert chunk.tokens is not None
-        voice = self._voices.get(chunk.conditionals, utterance.exaggeration).flow
-        return Pass(voice, rendered_tokens(chunk.tokens, self._spec), chunk.seed)
+    def _cut(self, utterance: Utterance, index: int, waveform: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """A pass's waveform by chunk.
 
-    def _num_samples(self, chunk: ChunkWork, waveform: object) -> int:
-        """All samples, or without the last token's, which multilingual models decode to noise."""
-        assert chunk.tokens is not None
-        num_tokens = len(rendered_tokens(chunk.tokens, self._spec))
-        kept = max(1, num_tokens - 1) if self._spec.trim_last_token else num_tokens
-        return kept * SAMPLE_RATE // SPEECH_TOKEN_RATE
+        A prompt of an odd number of frames takes one frame off the front. Multilingual models decode a chunk's last
+        token to noise: its 40 ms are left out.
+        """
+        start = len(waveform) - len(self._pass_tokens(utterance, index)) * SAMPLES_PER_TOKEN
+        for chunk in utterance.passes[index]:
+            num_tokens = len(rendered_tokens(utterance.chunks[chunk].spoken_tokens, self._spec))
+            num_kept = max(1, num_tokens - 1) if self._spec.trim_last_token else num_tokens
+            yield chunk, waveform[max(0, start) : start + num_kept * SAMPLES_PER_TOKEN]
+            start += num_tokens * SAMPLES_PER_TOKEN
 
     def _release(self, handle: int) -> None:
         self._decoder.release(handle)
@@ -254,7 +315,7 @@ class Core:
         self._scheduler.cancel(utterance_id)
         for handle in [handle for handle, ticket in self._rows.items() if ticket.job == utterance_id]:
             self._release(handle)
-        self._ready = [ticket for ticket in self._ready if ticket.job != utterance_id]
+        self._ready = [(job, index) for job, index in self._ready if job != utterance_id]
         self._utterances.pop(utterance_id, None)
 
     def _fail(self, utterance: Utterance, error: Exception) -> None:

@@ -106,7 +106,14 @@ class Engine:
         self._prepared = voices
         self._intake_pool = ThreadPoolExecutor(2, "intake")
         self._finish_pool = ThreadPoolExecutor(2, "finish")
-        self._core = Core(self._spec, decoder, models.renderer, voices, self._start_finish)
+        self._core = Core(
+            self._spec,
+            decoder,
+            models.renderer,
+            voices,
+            self._start_finish,
+            render_beside=plan.device_type == "cuda",
+        )
         self._is_closed = False
 
     @classmethod
@@ -127,9 +134,7 @@ class Engine:
             allow_download=config.allow_download,
             progress=progress,
         )
-        plan, _ = devices.resolve(
-            config.device, config.dtype, config.num_threads, rows=2 if spec.uses_cfg else 1
-        )
+        plan, _ = devices.resolve(config.device, config.dtype, config.num_threads, rows=2 if spec.uses_cfg else 1)
         watermarker = Watermarker.load() if config.watermark else None
         if plan.device_type == "mps":
             return cls._load_on_mps(config, checkpoint, plan, watermarker)

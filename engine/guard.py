@@ -49,10 +49,12 @@ class Expectation:
 
     Args:
         min_tokens: fewer have lost words.
+        likely_tokens: at an unhurried pace.
         max_tokens: more are invented.
     """
 
     min_tokens: int
+    likely_tokens: int
     max_tokens: int
 
 
@@ -65,6 +67,7 @@ def expect(text: str, language: str) -> Expectation:
     seconds = num_letters / CHARS_PER_SECOND.get(language, DEFAULT_CHARS_PER_SECOND)
     return Expectation(
         min_tokens=int(FASTEST * seconds * SPEECH_TOKEN_RATE),
+        likely_tokens=int(seconds * SPEECH_TOKEN_RATE),
         max_tokens=int((SLOWEST * seconds + HEADROOM_S) * SPEECH_TOKEN_RATE),
     )
 

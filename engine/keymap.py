@@ -75,9 +75,7 @@ def load_keys(
 
 def matrix_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
     """dtype for the weights and biases of matrices, convolutions and embeddings; norms stay float32."""
-    matrices = {
-        name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Embedding | nn.Conv1d)
-    }
+    matrices = {name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Embedding | nn.Conv1d)}
     return lambda name: dtype if name.rpartition(".")[0] in matrices else torch.float32
 
 

@@ -22,6 +22,9 @@ from engine.types import Conditionals, IntArray, Speech
 NUM_CLOSING_SILENCES = 3
 """Silence tokens that upstream appends for Turbo and Nano before S3Gen."""
 
+PASS_TOKENS = 400
+"""Consecutive chunks of one voice share a pass of S3Gen, and so its prompt, up to so many expected tokens."""
+
 
 @dataclass
 class ChunkWork:
@@ -54,6 +57,12 @@ class ChunkWork:
     def attempt_seed(self) -> int:
         return noise.derive_seed(self.seed, "attempt", self.attempts)
 
+    @property
+    def spoken_tokens(self) -> IntArray:
+        """The kept attempt's tokens."""
+        assert self.tokens is not None
+        return self.tokens
+
     def record(self, row: DecodedRow, spec: ModelSpec) -> bool:
         """Take in a finished attempt; whether the chunk is done (else it is to be decoded again)."""
         self.attempts += 1
@@ -83,6 +92,25 @@ def rendered_tokens(tokens: IntArray, spec: ModelSpec) -> IntArray:
     return np.concatenate((tokens, np.full(NUM_CLOSING_SILENCES, SILENCE_TOKEN, dtype=tokens.dtype)))
 
 
+def plan_passes(chunks: Sequence[ChunkWork], max_tokens: int = PASS_TOKENS) -> tuple[range, ...]:
+    """Which consecutive chunks S3Gen speaks in one pass.
+
+    The text and the voices alone decide, so that a resumed or changed job has the same boundaries.
+    """
+    passes: list[range] = []
+    expected = 0
+    for index, chunk in enumerate(chunks):
+        joins = (
+            bool(passes)
+            and expected + chunk.expectation.likely_tokens <= max_tokens
+            and chunk.conditionals.key == chunks[index - 1].conditionals.key
+        )
+        expected = expected + chunk.expectation.likely_tokens if joins else chunk.expectation.likely_tokens
+        start = passes.pop().start if joins else index
+        passes.append(range(start, index + 1))
+    return tuple(passes)
+
+
 @dataclass
 class Utterance:
     """A request being served.
@@ -110,13 +138,20 @@ class Utterance:
     is_stream: bool = False
     submitted_s: float = field(default_factory=time.perf_counter)
     waveforms: dict[int, Tensor] = field(default_factory=dict)  # by chunk
+    passes: tuple[range, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.passes = plan_passes(self.chunks)
 
     def add_time(self, stage: str, seconds: float) -> None:
         self.timings[stage] = self.timings.get(stage, 0.0) + seconds
 
-    @property
-    def is_decoded(self) -> bool:
-        return all(chunk.is_done for chunk in self.chunks)
+    def pass_of(self, chunk: int) -> int:
+        """Index of the pass that speaks a chunk."""
+        return next(index for index, chunks in enumerate(self.passes) if chunk in chunks)
+
+    def is_pass_decoded(self, index: int) -> bool:
+        return all(self.chunks[chunk].is_done for chunk in self.passes[index])
 
     @property
     def is_rendered(self) -> bool:

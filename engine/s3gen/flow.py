@@ -85,15 +85,15 @@ class Flow(nn.Module):
         tokens, lengths = _pad([torch.cat((r.voice.tokens, r.tokens)) for r in requests])
         is_real = None
         if min(lengths) < max(lengths):
-            is_real = torch.arange(max(lengths), device=tokens.device) < torch.tensor(lengths, device=tokens.device)[:, None]
+            is_real = (
+                torch.arange(max(lengths), device=tokens.device) < torch.tensor(lengths, device=tokens.device)[:, None]
+            )
         mean = self._encode(tokens, is_real)
         context = torch.cat((mean, self._speakers(requests, mean), _prompts(requests, mean)), dim=-1)
         noise, _ = _pad([r.noise.T for r in requests])
         is_real_frame = None if is_real is None else is_real.repeat_interleave(FRAMES_PER_TOKEN, dim=1)
         mel = self._solve(noise, context, is_real_frame).float()
-        return [
-            row[len(r.voice.mel) : FRAMES_PER_TOKEN * r.num_tokens].T for row, r in zip(mel, requests, strict=True)
-        ]
+        return [row[len(r.voice.mel) : FRAMES_PER_TOKEN * r.num_tokens].T for row, r in zip(mel, requests, strict=True)]
 
     def _encode(self, tokens: Tensor, is_real: Tensor | None) -> Tensor:
         embedded = self.token_embedding(tokens)
