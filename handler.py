@@ -88,7 +88,7 @@ async def _run_once(source: str, settings: Settings) -> tuple[dict[str, Any], di
     try:
         job = read_job(source)
         parse_job(job)  # a mistake is told before a model is loaded
-        worker = await asyncio.to_thread(Worker.load, settings, local_files=True)
+        worker = await asyncio.to_thread(Worker.load, settings, local=True)
     except Exception as error:
         return {}, error_result(error)
     with contextlib.closing(worker):

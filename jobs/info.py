@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import platform
-import tomllib
-from pathlib import Path
 from typing import Any, get_args
 
 from jobs.context import JobContext
 from jobs.schema import INPUT_MODELS, AudioFormat, Info
 
 PROJECT = "worker-chatterbox"
+VERSION = "0.1.0"
+"""Of the project. It runs from its folder and is not installed, so no package metadata holds it."""
+
 _PACKAGES = ("torch", "chatterbox-tts", "runpod")
 
 
@@ -37,17 +38,7 @@ async def run(request: Info, context: JobContext) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of the project and of what it stands on; None for what is not installed."""
     packages = {name: _package_version(name) for name in _PACKAGES}
-    return {PROJECT: project_version(), "python": platform.python_version(), **packages}
-
-
-def project_version() -> str | None:
-    """The version in pyproject.toml beside the code: the project runs from its folder, not as a package."""
-    path = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    try:
-        version = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["version"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError):
-        return _package_version(PROJECT)
-    return str(version)
+    return {PROJECT: VERSION, "python": platform.python_version(), **packages}
 
 
 def _package_version(name: str) -> str | None:

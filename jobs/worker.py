@@ -7,14 +7,14 @@ references and encoding in a thread pool. A job's failure, of whatever kind, end
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 from engine.errors import SpeechError
+from engine.hub import download_bar
 from engine.models import DRAFT
 from engine.types import EngineConfig
 from jobs import delivery, info, tts, voice_clone
@@ -35,17 +35,16 @@ _TIMEOUT_MARGIN = 0.05
 _log = logging.getLogger(__name__)
 
 
-def load_engine(settings: Settings) -> SpeechEngine:
+def load_engine(settings: Settings, *, show_download: bool = False) -> SpeechEngine:
     """Load the engine that MODEL names; what it needs is imported only now.
+
+    Args:
+        settings: which model, from where, on what.
+        show_download: draw a progress bar on standard error while weights are fetched.
 
     Raises:
         SpeechError: model_unavailable, weights_missing, watermark_unavailable, out_of_memory.
     """
-    module, name = ("engine.draft", "DraftEngine") if settings.model == DRAFT else ("engine.engine", "Engine")
-    try:
-        engine_class = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise SpeechError("model_unavailable", f"MODEL={settings.model} cannot be served: {error}", "model") from error
     config = EngineConfig(
         model=settings.model,
         model_dir=settings.model_dir,
@@ -53,8 +52,40 @@ def load_engine(settings: Settings) -> SpeechEngine:
         device=settings.device,
         dtype=settings.dtype,
     )
-    engine: SpeechEngine = engine_class.load(config)
-    return engine
+    try:
+        return _load_draft(config) if settings.model == DRAFT else _load_model(config, show_download)
+    except ImportError as error:
+        raise SpeechError("model_unavailable", f"MODEL={settings.model} cannot be served: {error}", "model") from error
+
+
+def _load_draft(config: EngineConfig) -> SpeechEngine:
+    from engine.draft import DraftEngine
+
+    return DraftEngine.load(config)
+
+
+def _load_model(config: EngineConfig, show_download: bool) -> SpeechEngine:
+    from engine.engine import Engine
+
+    with download_progress(config.model, shown=show_download) as progress:
+        return Engine.load(config, progress=progress)
+
+
+@contextmanager
+def download_progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar that appears with the first bytes: weights that lie here already draw none."""
+    if not shown:
+        yield None
+        return
+    with ExitStack() as stack:
+        bar: list[Callable[[int, int], None]] = []
+
+        def show(num_done: int, num_total: int) -> None:
+            if not bar:
+                bar.append(stack.enter_context(download_bar(label)))
+            bar[0](num_done, num_total)
+
+        yield show
 
 
 class Worker:
@@ -72,13 +103,18 @@ class Worker:
         self._local_files = local_files
 
     @classmethod
-    def load(cls, settings: Settings, *, local_files: bool = False) -> Worker:
+    def load(cls, settings: Settings, *, local: bool = False) -> Worker:
         """Load the engine that the settings name.
+
+        Args:
+            settings: the deployment's settings.
+            local: whether a person runs this on their own machine: audio fields may be `file:PATH`, and
+                a download shows its progress.
 
         Raises:
             SpeechError: see `load_engine`.
         """
-        return cls(load_engine(settings), settings, local_files=local_files)
+        return cls(load_engine(settings, show_download=local), settings, local_files=local)
 
     async def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Run one platform job.

@@ -16,7 +16,7 @@ import soundfile
 from engine.errors import SpeechError
 from engine.types import Speech, SpeechRequest
 from jobs.settings import Settings
-from jobs.worker import OPERATIONS, BrokenWorker, Worker, load_engine
+from jobs.worker import OPERATIONS, BrokenWorker, Worker, download_progress, load_engine
 
 RESULT_FIELDS = {
     "audio",
@@ -243,6 +243,18 @@ def test_an_unknown_model_does_not_load(settings: Settings) -> None:
     with pytest.raises(SpeechError) as caught:
         load_engine(settings.model_copy(update={"model": "turbot"}))
     assert caught.value.code == "model_unavailable"
+
+
+def test_a_download_draws_a_bar_and_ready_weights_draw_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with download_progress("nano", shown=True):
+        pass
+    assert capsys.readouterr().err == ""
+    with download_progress("nano", shown=True) as progress:
+        assert progress is not None
+        progress(5, 10)
+    assert "nano" in capsys.readouterr().err
+    with download_progress("nano", shown=False) as progress:
+        assert progress is None
 
 
 def test_a_worker_without_its_model_answers_with_the_reason_and_asks_to_be_replaced() -> None:
