@@ -2,7 +2,7 @@
 
 Streams go before batch work, but every few turns a batch chunk goes first, so that neither starves.
 Within a class, jobs take turns: the job that was served least goes next, and a job that arrives late
-starts level with the others, so that neither a long job nor a crowd of short ones holds the rows.
+joins the round that is under way, so that neither a long job nor a crowd of short ones holds the rows.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Scheduler:
         self._classes: dict[bool, dict[int, _Queue]] = {True: {}, False: {}}  # by is_stream
         self._num_arrived = 0
         self._num_turns = 0
+        self._round = 0  # the most that a job was served
 
     def __len__(self) -> int:
         """How many chunks wait."""
@@ -61,8 +62,9 @@ class Scheduler:
         jobs = self._classes[is_stream]
         if job not in jobs:
             self._num_arrived += 1
-            level = min((queue.num_served for queue in jobs.values()), default=0)
-            jobs[job] = _Queue(num_served=level, arrival=self._num_arrived)
+            # Behind the round that is being served: were it level with the least served, a crowd of
+            # newcomers would always go before a job that was served once.
+            jobs[job] = _Queue(num_served=self._round, arrival=self._num_arrived)
         return jobs[job]
 
     def next(self, num_free_rows: int) -> Ticket | None:
@@ -80,6 +82,7 @@ class Scheduler:
             return None
         self._num_turns += 1
         queue.num_served += 1
+        self._round = max(self._round, queue.num_served)
         ticket = queue.tickets.popleft()
         if not queue.tickets:
             del jobs[job]
