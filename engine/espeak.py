@@ -20,6 +20,7 @@ import functools
 import itertools
 import os
 import re
+import tempfile
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,8 @@ _VARIANT = "+Alex"
 _LOUDNESS = 70  # of 100: peaks stay below the point where the gain control, another state, sets in
 _INTONATION = 99  # of 99: the variant alone speaks rather flatly
 _REWIND_TRIES = 8
+
+_MAX_PATH_BYTES = 150
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
@@ -102,7 +105,7 @@ def _library() -> EspeakLibrary:
     except ImportError as error:
         raise SpeechError(
             "model_unavailable",
-            f"the draft voice needs eSpeak NG ({error}); install it with `pip install espeakng-loader`",
+            f"the draft voice needs eSpeak NG ({error}); install it with `pip install -r requirements-draft.txt`",
             "model",
         ) from error
     try:
@@ -125,9 +128,10 @@ class EspeakLibrary:
     def __init__(self, library_path: str, data_path: str) -> None:
         self._lock = threading.Lock()
         self._espeak = ctypes.CDLL(library_path)
+        self._links = tempfile.TemporaryDirectory(prefix="espeak-")
         self._espeak.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_Voice))
         self.sample_rate: int = self._espeak.espeak_Initialize(
-            _AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(data_path), _INITIALIZE_DONT_EXIT
+            _AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(_short(data_path, self._links.name)), _INITIALIZE_DONT_EXIT
         )
         if self.sample_rate <= 0:
             raise OSError(f"no usable data in {data_path}")
@@ -202,6 +206,15 @@ class EspeakLibrary:
             voice = voices[index].contents
             for priority, code in _languages(voice.languages):
                 yield priority, code, os.fsdecode(voice.identifier)
+
+
+def _short(path: str, links: str) -> str:
+    """The path, or a link to it where it is longer than eSpeak's buffer (160 bytes with its NUL) holds."""
+    if len(os.fsencode(path)) < _MAX_PATH_BYTES:
+        return path
+    link = Path(links) / "data"
+    link.symlink_to(path, target_is_directory=True)
+    return str(link)
 
 
 def _languages(address: int) -> Iterator[tuple[int, str]]:

@@ -62,7 +62,7 @@ class Watermarker:
         try:  # a file missing, cut off, of another version: all of it means that nothing can be marked
             net = _load_net(Path(package.__file__).parent / "perth_net" / "pretrained" / "implicit")
             return cls(net.to(device).eval())
-        except (ImportError, AttributeError, TypeError, OSError, RuntimeError, ValueError, LookupError) as error:
+        except Exception as error:
             raise SpeechError("watermark_unavailable", f"perth's network cannot be loaded: {error}") from error
 
     def apply(self, waveform: FloatArray, sample_rate: int) -> tuple[FloatArray, bool]:
