@@ -34,8 +34,8 @@ def decode(data: bytes, *, max_duration_s: float, field: str) -> tuple[FloatArra
     """Decode a recording: wav (16, 24, 32 bit, float), flac, mp3, ogg with vorbis or opus.
 
     Channels are averaged. Float samples beyond full scale are brought back to it as a whole. Of a
-    damaged file, what comes before the damage is read. Memory stays within a block of what
-    `max_duration_s` of audio takes, whatever the header says.
+    damaged file, what comes before the damage is read. Memory stays within about twice of what
+    `max_duration_s` of mono audio takes, whatever the header says.
 
     Args:
         data: the file.
