@@ -72,6 +72,11 @@ class KVCache:
         self.keys[:, row, :, : keys.shape[2]] = keys
         self.values[:, row, :, : values.shape[2]] = values
 
+    def clear(self, row: int) -> None:
+        """Make a row as it was at first: whatever is not finite would reach the next chunk through masked positions."""
+        self.keys[:, row].zero_()
+        self.values[:, row].zero_()
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row's first positions to another row."""
         for part in (self.keys, self.values):

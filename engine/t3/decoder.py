@@ -269,7 +269,7 @@ class Decoder:
         if seat is None or seat.text is not None:
             return
         target = self._find_rows(seat.num_rows)
-        if target is None or target > seat.row:
+        if target is None or target > seat.row or self._is_broken(seat):
             return
         for offset, source in enumerate(seat.rows):
             self.cache.move(source, target + offset, seat.position)
@@ -296,6 +296,13 @@ class Decoder:
         """Free a chunk's rows."""
         seat = self._seats.pop(handle)
         self.state.has_ended[seat.row : seat.rows.stop] = True
+        if seat.text is not None or self._is_broken(seat):  # a chunk that has not run may be broken as well
+            for row in seat.rows:
+                self.cache.clear(row)
+
+    def _is_broken(self, seat: _Seat) -> bool:
+        """Waits for the device."""
+        return bool(self.state.is_broken[seat.row : seat.rows.stop].any())
 
 
 def _decoded_row(tokens: IntArray, num_tokens: int, has_ended: int, is_broken: int, *, is_joining: bool) -> DecodedRow:

@@ -104,16 +104,16 @@ def decode_step(model: T3, cache: KVCache, state: RowState, *, num_rows: int, le
 
 
 def _advance(model: T3, state: RowState, num_rows: int, token: Tensor, is_finite: Tensor) -> None:
-    """Record the tokens and move on the rows that have not ended."""
+    """Record the tokens and move on the rows that have not ended; the others, joining ones too, keep what they have."""
     steps, seen, has_ended = state.steps[:num_rows], state.seen[:num_rows], state.has_ended[:num_rows]
+    is_moving = ~has_ended
     if not model.uses_guidance:
         # Upstream's gpt2 loop counts the start token for its first step only.
-        seen[:, START_SPEECH_TOKEN] &= steps > 0
-    seen.scatter_(1, token[:, None], True)
+        seen[:, START_SPEECH_TOKEN] &= (steps > 0) | has_ended
+    seen.scatter_(1, token[:, None], seen.gather(1, token[:, None]) | is_moving[:, None])
     state.tokens[:num_rows].scatter_(1, steps[:, None], token[:, None])
-    state.is_broken[:num_rows] |= ~is_finite & ~has_ended
-    is_moving = ~has_ended
+    state.is_broken[:num_rows] |= ~is_finite & is_moving
     steps += is_moving
-    state.positions[:num_rows] += is_moving
-    state.token[:num_rows] = token
+    state.token[:num_rows] = torch.where(is_moving, token, state.token[:num_rows])
     has_ended |= (token == STOP_SPEECH_TOKEN) | (steps >= state.max_new[:num_rows]) | state.is_broken[:num_rows]
+    state.positions[:num_rows] += ~has_ended  # an ended row stays at its last position, inside the cache
