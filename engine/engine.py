@@ -48,6 +48,8 @@ MAX_NEW_TOKENS = 1000
 CONDITIONALS_CACHE_BYTES = 256 << 20
 PREFIX_CACHE_SHARE = 0.05
 """Of the device's memory, for voices' keys and values."""
+CPU_MEMORY_BYTES = 16 << 30
+"""What a laptop is taken to have."""
 DEFAULT_CPU_ROWS = 8
 DEFAULT_GPU_ROWS = 64
 
@@ -321,8 +323,7 @@ def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:
 
 
 def _prefix_cache_bytes(plan: DevicePlan) -> int:
+    total = CPU_MEMORY_BYTES
     if plan.device_type == "cuda":
         total = torch.cuda.get_device_properties(plan.torch_device).total_memory
-    else:
-        total = 16 << 30
     return int(total * PREFIX_CACHE_SHARE)

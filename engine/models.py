@@ -101,8 +101,9 @@ class ModelSpec:
 
 _ENGLISH = ("en",)
 _MULTILINGUAL = (
-    "ar da de el en es fi fr he hi it ja ko ms nl no pl pt ru sv sw tr zh".split()
-)  # fmt: skip
+    *("ar", "da", "de", "el", "en", "es", "fi", "fr", "he", "hi", "it", "ja"),
+    *("ko", "ms", "nl", "no", "pl", "pt", "ru", "sv", "sw", "tr", "zh"),
+)
 _LLAMA_SAMPLING = SamplingDefaults(
     temperature=0.8, top_p=1.0, repetition_penalty=1.2, min_p=0.05, exaggeration=0.5, cfg_weight=0.5
 )
@@ -142,7 +143,7 @@ def _multilingual(name: str, t3_file: str) -> ModelSpec:
         voice_encoder_file="ve.pt",
         tokenizer_files=("grapheme_mtl_merged_expanded_v1.json",),
         text_vocab_size=2454,
-        languages=tuple(_MULTILINGUAL),
+        languages=_MULTILINGUAL,
         trim_last_token=True,
     )
 

@@ -31,7 +31,7 @@ MAX_SEED = 2**63 - 1
 
 def _frozen(array: NDArray, dtype: type) -> NDArray:
     """A private copy that nobody can write to."""
-    copy = np.array(array, dtype=dtype, order="C", copy=True)
+    copy: NDArray = np.array(array, dtype=dtype, order="C", copy=True)
     copy.setflags(write=False)
     return copy
 

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +30,15 @@ def prompt(seed: int, duration_s: float = 6.0, sample_rate: int = 24_000) -> Voi
     return VoicePrompt(np.convolve(noise, np.hanning(16) / 8, "same").astype(np.float32), sample_rate)
 
 
-def config(folder: object, model: str = "turbo", **changes: object) -> EngineConfig:
-    settings = {
-        "model": model,
-        "model_dir": folder,
+def config(folder: Path, model: str = "turbo", **changes: Any) -> EngineConfig:
+    settings: dict[str, Any] = {
         "dtype": "float32",
         "device": "cpu",
         "num_threads": 1,
         "max_rows": 4,
+        "watermark": False,
     }
-    return EngineConfig(**(settings | {"watermark": False} | changes))  # type: ignore[arg-type]
+    return EngineConfig(model=model, model_dir=folder, **(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,10 @@ def random_turbo(tiny_checkpoint: Checkpoint) -> Iterator[Engine]:
         yield engine
 
 
-def short(text: str = TEXT, **changes: object) -> SpeechRequest:
+def short(text: str = TEXT, **changes: Any) -> SpeechRequest:
     """A request that a model which never ends still answers quickly."""
-    return SpeechRequest(**({"text": text, "seed": 7, "max_new_tokens": 12} | changes))  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"text": text, "seed": 7, "max_new_tokens": 12}
+    return SpeechRequest(**(fields | changes))
 
 
 @pytest.mark.parametrize("model", ["original", "multilingual", "multilingual-v3", "turbo", "nano"])
@@ -78,7 +80,7 @@ def test_the_same_request_and_seed_give_the_same_audio_whatever_was_asked_in_bet
 
 
 @pytest.mark.parametrize("change", [{"seed": 8}, {"text": "Another text."}, {"voice": prompt(2)}, {"temperature": 2.0}])
-def test_seed_text_voice_and_settings_each_change_the_audio(random_turbo: Engine, change: dict[str, object]) -> None:
+def test_seed_text_voice_and_settings_each_change_the_audio(random_turbo: Engine, change: dict[str, Any]) -> None:
     before = random_turbo.speak(short(voice=prompt(1)))
     after = random_turbo.speak(short(**({"voice": prompt(1)} | change)))
     assert before.waveform.shape != after.waveform.shape or not np.allclose(before.waveform, after.waveform)
@@ -131,7 +133,7 @@ def test_ready_conditionals_speak_as_their_prompt_does(random_turbo: Engine) -> 
     conditionals = random_turbo.embed(prompt(1))
     read_back = Conditionals.from_bytes(conditionals.to_bytes())
     spoken = [random_turbo.speak(short(voice=voice)).waveform for voice in (prompt(1), read_back)]
-    assert np.array_equal(*spoken)
+    assert np.array_equal(spoken[0], spoken[1])
 
 
 def test_conditionals_of_another_checkpoint_are_refused(random_turbo: Engine, turbo: Engine) -> None:
@@ -178,10 +180,10 @@ def test_guidance_can_be_turned_off_and_changes_the_speech(tiny_checkpoint: Chec
     ],
 )
 def test_a_bad_request_gets_its_code_and_the_next_one_is_served(
-    turbo: Engine, request_fields: dict[str, object], code: str
+    turbo: Engine, request_fields: dict[str, Any], code: str
 ) -> None:
     with pytest.raises(SpeechError) as caught:
-        turbo.speak(SpeechRequest(**request_fields))  # type: ignore[arg-type]
+        turbo.speak(SpeechRequest(**request_fields))
     assert caught.value.code == code
     assert turbo.speak(SpeechRequest(text=TEXT)).duration_s > 1
 

@@ -129,7 +129,7 @@ def test_random_weights_give_audible_audio_that_does_not_clip(tiny_upstream: Ups
     assert audio.abs().max() < 0.9
 
 
-GREEDY = {"turbo": {"top_k": 1}, "original": {"top_p": 1e-6}, "multilingual": {"top_p": 1e-6}}
+GREEDY: dict[str, dict[str, Any]] = {"turbo": {"top_k": 1}, "original": {"top_p": 1e-6}, "multilingual": {"top_p": 1e-6}}
 
 
 @pytest.mark.parametrize("model", FAMILIES)
