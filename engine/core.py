@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine import guard
@@ -122,10 +123,11 @@ class Core:
     # ------------------------------------------------------------------------ called from any thread
 
     def submit(self, utterance: Utterance) -> None:
+        self._inbox.put(_Add(utterance))
+        # After the utterance, so that a cancellation is never read before what it cancels.
         utterance.future.add_done_callback(
             lambda future: self._inbox.put(_Cancel(utterance.id)) if future.cancelled() else None
         )
-        self._inbox.put(_Add(utterance))
 
     def close(self, *, drain: bool) -> None:
         """Finish (drain) or cancel what is there, then end the thread."""
@@ -145,9 +147,13 @@ class Core:
         while not (self._is_closing and not self._utterances):
             is_idle = not self._rows and not len(self._scheduler)
             self._read_inbox(wait=is_idle and (self._is_rendering or not self._ready))
-            self._admit()
-            self._decode()
-            self._render()
+            try:
+                self._admit()
+                self._decode()
+                self._render()
+            except Exception as error:  # a fault of ours: no request may wait for ever because of it
+                for utterance in list(self._utterances.values()):
+                    self._fail(utterance, error)
 
     def _read_inbox(self, *, wait: bool) -> None:
         while True:
@@ -186,7 +192,10 @@ class Core:
             try:
                 self._admit_one(ticket, utterance)
             except Exception as error:  # one bad request never harms the one beside it
-                self._fail(utterance, error)
+                if is_out_of_memory(error) and self._shrink():
+                    self._scheduler.put_back(ticket, is_stream=utterance.is_stream)
+                else:
+                    self._fail(utterance, error)
 
     def _admit_one(self, ticket: Ticket, utterance: Utterance) -> None:
         started = time.perf_counter()
@@ -213,14 +222,30 @@ class Core:
             self._decoder.step(STEPS_PER_LOOK)
             rows = self._decoder.read()
         except Exception as error:
-            for ticket in list(self._rows.values()):
-                self._fail(self._utterances[ticket.job], error)
+            if is_out_of_memory(error) and self._shrink():
+                return
+            for job in {ticket.job for ticket in self._rows.values()}:
+                self._fail(self._utterances[job], error)
             return
         elapsed = time.perf_counter() - started
         for job in {ticket.job for ticket in self._rows.values()}:
             self._utterances[job].add_time("decode", elapsed)
         for handle, row in rows.items():
             self._look_at(handle, row)
+
+    def _shrink(self) -> bool:
+        """After running out of memory: go on with half the rows, the chunks in them to be decoded again.
+
+        Returns:
+            Whether there was anything to give up; if not, the one chunk that is left does not fit.
+        """
+        if not self._decoder.shrink():
+            return False
+        tickets, self._rows = list(self._rows.values()), {}
+        _log.warning("out of memory: going on with %d rows", self._decoder.num_rows)
+        for ticket in reversed(tickets):
+            self._scheduler.put_back(ticket, is_stream=self._utterances[ticket.job].is_stream)
+        return True
 
     def _look_at(self, handle: int, row: DecodedRow) -> None:
         ticket = self._rows.get(handle)
@@ -320,10 +345,17 @@ class Core:
 
     def _fail(self, utterance: Utterance, error: Exception) -> None:
         self._drop(utterance.id)
+        if is_out_of_memory(error):
+            error = SpeechError("out_of_memory", "the request does not fit in the device's memory")
         if not isinstance(error, SpeechError):
             _log.error("an utterance failed inside the engine", exc_info=error)
             error = SpeechError("generation_failed", f"the engine failed on this request: {type(error).__name__}")
         fail(utterance, error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory: an error class on CUDA, a message of the allocator on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _is_looping(row: DecodedRow) -> bool:

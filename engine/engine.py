@@ -11,6 +11,7 @@ and the finish joins and marks its audio (a small pool again, beside the decodin
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from engine.hub import Progress
 from engine.intake import Intake
 from engine.models import ModelSpec, get_model
 from engine.s3gen.renderer import Renderer, load_renderer
+from engine.t3.backbone import KVCache
 from engine.t3.decoder import Decoder
 from engine.t3.model import T3, load_t3
 from engine.text import load_text_front_end
@@ -50,8 +52,12 @@ PREFIX_CACHE_SHARE = 0.05
 """Of the device's memory, for voices' keys and values."""
 CPU_MEMORY_BYTES = 16 << 30
 """What a laptop is taken to have."""
-DEFAULT_CPU_ROWS = 8
-DEFAULT_GPU_ROWS = 64
+MAX_ROWS = {"cuda": 64, "cpu": 8, "mps": 8}
+"""Chunks decoded at once at most, by kind of device: beyond them a row costs as much as it brings."""
+CACHE_SHARE = 0.4
+"""Of the memory that is free after loading, for the rows' keys and values."""
+PREFILL_BUDGET = {"cuda": 1024, "cpu": 64, "mps": 64}
+"""Text tokens prefilled between two rounds of steps: about what a few steps cost."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,19 @@ class Engine:
         )
         key = model_key(self._spec, checkpoint.fingerprint)
         conditionals = ConditionalsCache(conditioner.embed, CONDITIONALS_CACHE_BYTES)
-        num_rows = config.max_rows or (DEFAULT_GPU_ROWS if plan.device_type == "cuda" else DEFAULT_CPU_ROWS)
         num_voice_positions = 2 + (self._spec.max_prompt_tokens if self._spec.backbone == "gpt2" else 32)
         length = num_voice_positions + MAX_TEXT_POSITIONS + MAX_NEW_TOKENS
+        cache_dtype = plan.torch_dtype if plan.device_type == "cuda" else torch.float32
+        rows_per_chunk = 2 if self._spec.uses_cfg else 1
+        row_bytes = length * KVCache.num_bytes_per_position(models.t3.shape, cache_dtype)
         decoder = Decoder(
             models.t3,
-            num_rows=num_rows * (2 if self._spec.uses_cfg else 1),
+            num_rows=rows_per_chunk * (config.max_rows or choose_rows(plan, rows_per_chunk * row_bytes)),
             length=length,
             max_new_tokens=length,
-            cache_dtype=plan.torch_dtype if plan.device_type == "cuda" else torch.float32,
+            cache_dtype=cache_dtype,
+            prefill_budget=PREFILL_BUDGET[plan.device_type],
+            use_graphs=config.use_graphs,
         )
         voices = PreparedVoices(decoder.compute_prefix, plan.torch_device, _prefix_cache_bytes(plan))
         self._intake = Intake(
@@ -116,6 +126,7 @@ class Engine:
             self._start_finish,
             render_beside=plan.device_type == "cuda",
         )
+        self._places = threading.Semaphore(config.max_queued)
         self._is_closed = False
 
     @classmethod
@@ -170,8 +181,15 @@ class Engine:
         future: Future[Speech] = Future()
         if self._is_closed:
             raise SpeechError("cancelled", "the engine is closed")
+        self._count_in(future)
         self._intake_pool.submit(self._take_in, request, future)
         return future
+
+    def _count_in(self, future: Future[Speech]) -> None:
+        """Keep the number of requests inside bounded."""
+        if not self._places.acquire(blocking=False):
+            raise SpeechError("out_of_memory", f"{self.config.max_queued} requests wait already; try again later")
+        future.add_done_callback(lambda _: self._places.release())
 
     def _take_in(self, request: SpeechRequest, future: Future[Speech]) -> None:
         if future.cancelled():
@@ -320,6 +338,17 @@ def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:
         max_frames=60_000 if plan.device_type == "cuda" else 1,
     )
     return _Models(load_t3(checkpoint.path(spec.t3_file), plan.torch_device, plan.torch_dtype), renderer)
+
+
+def choose_rows(plan: DevicePlan, bytes_per_chunk: int) -> int:
+    """Chunks decoded at once, from the memory that is free now."""
+    if plan.device_type == "cuda":
+        free = torch.cuda.mem_get_info(plan.torch_device)[0]
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = CPU_MEMORY_BYTES
+    return max(1, min(MAX_ROWS[plan.device_type], int(free * CACHE_SHARE) // bytes_per_chunk))
 
 
 def _prefix_cache_bytes(plan: DevicePlan) -> int:

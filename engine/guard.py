@@ -77,7 +77,10 @@ def find_loop(tokens: IntArray) -> str | None:
     tail = tokens[-int(TAIL_S * SPEECH_TOKEN_RATE) :]
     if len(tail) < int(TAIL_S * SPEECH_TOKEN_RATE):
         return None
-    for period in range(1, int(LONGEST_PERIOD_S * SPEECH_TOKEN_RATE) + 1):
+    longest = int(LONGEST_PERIOD_S * SPEECH_TOKEN_RATE)
+    if len(set(tail.tolist())) > longest:  # most speech leaves here: more tokens than a period could hold
+        return None
+    for period in range(1, longest + 1):
         if np.array_equal(tail[period:], tail[:-period]):
             return FLAG_SILENCE if (tail == SILENCE_TOKEN).all() else FLAG_REPETITION
     return None

@@ -345,7 +345,9 @@ class EngineConfig:
         model_revision: hub revision (commit, tag or branch); None for the default branch.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto", "float32" or "bfloat16", of T3 and the flow; the vocoder stays float32.
-        max_rows: decoder rows at once; None chooses from the device's memory.
+        max_rows: chunks decoded at once; None chooses from the device's memory.
+        max_queued: requests that may wait or run at once; one more is refused.
+        use_graphs: capture CUDA graphs of the decoding step (off for debugging).
         watermark: mark all audio. Turning it off is for measurements only.
         max_chunk_chars: the longest stretch of text decoded at once.
         num_threads: CPU threads; None chooses from the machine.
@@ -358,6 +360,8 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     max_rows: int | None = None
+    max_queued: int = 10_000
+    use_graphs: bool = True
     watermark: bool = True
     max_chunk_chars: int = 280
     num_threads: int | None = None

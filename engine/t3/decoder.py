@@ -127,14 +127,30 @@ class Decoder:
         use_graphs: bool = True,
     ) -> None:
         self.model = model
-        self.cache = KVCache(model.shape, num_rows, length, model.device, cache_dtype)
-        self.state = RowState(num_rows, max_new_tokens, model.speech_vocab_size, model.device)
         self.max_new_tokens = max_new_tokens
         self.prefill_budget = prefill_budget
+        self._is_captured = use_graphs and model.device.type == "cuda"
         self._seats: dict[int, _Seat] = {}  # by handle
         self._num_admitted = 0
-        is_captured = use_graphs and model.device.type == "cuda"
-        self._graphs = StepGraphs(self.state, self._run_step) if is_captured else None
+        self._allocate(num_rows, length, cache_dtype)
+
+    def _allocate(self, num_rows: int, length: int, cache_dtype: torch.dtype) -> None:
+        self.cache = KVCache(self.model.shape, num_rows, length, self.model.device, cache_dtype)
+        self.state = RowState(num_rows, self.max_new_tokens, self.model.speech_vocab_size, self.model.device)
+        self._graphs = StepGraphs(self.state, self._run_step) if self._is_captured else None
+
+    def shrink(self) -> bool:
+        """Drop all chunks and go on with half the rows; False, changing nothing, when one chunk is all that fits."""
+        fewest = 2 if self.model.uses_guidance else 1
+        if self.num_rows <= fewest:
+            return False
+        num_rows, length, dtype = max(fewest, self.num_rows // 2), self.cache.length, self.cache.keys.dtype
+        self._seats = {}
+        del self.cache, self.state, self._graphs  # before the new ones are made
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._allocate(num_rows, length, dtype)
+        return True
 
     # ------------------------------------------------------------------------------------ joining
 
