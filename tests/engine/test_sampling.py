@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def filtered_by_transformers(logits: Tensor, wanted: SamplingSettings, seen: Ten
     order = [penalty, temperature, min_p, top_p] if penalty_first else [temperature, top_k, top_p, penalty]
     if wanted.top_p == 1.0:  # it would drop what has rounded to probability 0
         order.remove(top_p)
-    return LogitsProcessorList(order)(seen.nonzero()[:, 0][None], logits[None].clone())
+    filters: Any = LogitsProcessorList(order)
+    return filters(seen.nonzero()[:, 0][None], logits[None].clone())
 
 
 def in_family(wanted: SamplingSettings, *, penalty_first: bool) -> SamplingSettings:
