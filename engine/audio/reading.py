@@ -7,6 +7,7 @@ for hours of audio: so samples are decoded in blocks and counted, and nothing is
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,8 +27,26 @@ MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 192_000
 MAX_CHANNELS = 8
 
 _CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG"})
+_FOREIGN = (
+    (b"....ftyp", "MP4 (m4a, AAC)"),
+    (rb"\x1aE\xdf\xa3", "WebM or Matroska"),
+    (rb"\xff[\xf0\xf1\xf8\xf9]", "AAC"),
+    (b"#!AMR", "AMR"),
+    (rb"0&\xb2u\x8ef\xcf\x11", "WMA"),
+)
+"""What phones and browsers record in and libsndfile does not read, by its first bytes: to be told by name."""
+
 _BLOCK_FRAMES = 1 << 16
 _LEVEL_FRAME_S = 0.02
+_LEVEL_FRAMES = 1 << 10
+
+
+class _Forward(soundfile.SoundFile):
+    """A file read once from its start to its end. Where soundfile may seek, it believes the header's
+    length, and seeks after every block, which loses the last block of a FLAC that was streamed."""
+
+    def seekable(self) -> bool:
+        return False
 
 
 def decode(data: bytes, *, max_duration_s: float, field: str) -> tuple[FloatArray, int]:
@@ -49,9 +68,9 @@ def decode(data: bytes, *, max_duration_s: float, field: str) -> tuple[FloatArra
         SpeechError: reference_unreadable, reference_too_long.
     """
     try:
-        file = soundfile.SoundFile(io.BytesIO(data))
+        file = _Forward(io.BytesIO(data))
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # raw audio without a header is a TypeError
-        raise _unreadable(field, "expected a wav, flac, mp3 or ogg file") from error
+        raise _unreadable(field, f"expected a wav, flac, mp3 or ogg file{_but_got(data)}") from error
     with file:
         _check_header(file, field)
         audio = _collect(_mono_blocks(file), int(max_duration_s * file.samplerate), max_duration_s, field)
@@ -102,7 +121,9 @@ def _mono_blocks(file: soundfile.SoundFile) -> Iterator[FloatArray]:
             return  # cut off or damaged from here on
         if not len(block):
             return
-        yield block.mean(axis=1)
+        with np.errstate(over="ignore"):  # channels of 1e38: infinite, and refused as that
+            mono = block.mean(axis=1)
+        yield mono
 
 
 def _collect(blocks: Iterator[FloatArray], max_frames: int, max_duration_s: float, field: str) -> FloatArray:
@@ -119,9 +140,9 @@ def _collect(blocks: Iterator[FloatArray], max_frames: int, max_duration_s: floa
 
 
 def _checked_samples(audio: FloatArray, field: str) -> FloatArray:
-    if not np.isfinite(audio).all():
+    peak = max(audio.max(), -audio.min())  # NaN in any sample is NaN here
+    if not np.isfinite(peak):
         raise _unreadable(field, "the audio holds NaN or infinity")
-    peak = np.abs(audio).max()
     return audio / peak if peak > 1.0 else audio
 
 
@@ -129,8 +150,17 @@ def _sounding_s(audio: FloatArray, sample_rate: int) -> float:
     """Seconds of 20 ms frames above the silence level, a constant offset left out."""
     size = int(_LEVEL_FRAME_S * sample_rate)
     frames = audio[: audio.size // size * size].reshape(-1, size)
-    level = np.sqrt(np.mean((frames - np.mean(audio, dtype=np.float64)) ** 2, axis=1))
-    return float(np.count_nonzero(level > 10 ** (SILENCE_DBFS / 20)) * size / sample_rate)
+    offset = np.mean(audio, dtype=np.float64)
+    num_sounding = 0
+    for start in range(0, len(frames), _LEVEL_FRAMES):  # in double precision, but never all of it at once
+        level = np.sqrt(np.mean((frames[start : start + _LEVEL_FRAMES] - offset) ** 2, axis=1))
+        num_sounding += np.count_nonzero(level > 10 ** (SILENCE_DBFS / 20))
+    return float(num_sounding * size / sample_rate)
+
+
+def _but_got(data: bytes) -> str:
+    found = next((name for start, name in _FOREIGN if re.match(start, data, re.DOTALL)), None)
+    return f", got {found}" if found else ""
 
 
 def _unreadable(field: str, reason: str) -> SpeechError:

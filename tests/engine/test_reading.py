@@ -198,6 +198,39 @@ def test_a_wav_of_unknown_length_as_a_pipe_writes_it_is_read() -> None:
     assert audio.size == WHOLE * 24_000
 
 
+def test_a_flac_of_unknown_length_as_a_pipe_writes_it_is_read_to_its_end() -> None:
+    data = bytearray(_file("FLAC", "PCM_16", 24_000, duration_s=6.0))
+    data[21] &= 0xF0  # the low 36 bits of bytes 21 to 25 of STREAMINFO: 0 samples in all means unknown
+    data[22:26] = bytes(4)
+    audio, _ = _decode(bytes(data))
+    assert audio.size == 6 * 24_000
+
+
+@pytest.mark.parametrize(
+    ("start", "name"), [(b"\0\0\0\x20ftypM4A ", "m4a"), (b"\x1aE\xdf\xa3", "WebM"), (b"\xff\xf1\x50\x80", "AAC")]
+)
+def test_what_phones_and_browsers_record_is_refused_by_name(start: bytes, name: str) -> None:
+    with pytest.raises(SpeechError, match=f"expected a wav, flac, mp3 or ogg file, got .*{name}"):
+        _decode(start + bytes(2_000))
+
+
+def test_channels_whose_sum_overflows_are_refused_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    target = io.BytesIO()
+    soundfile.write(target, np.full((24_000, 2), 3e38, np.float32), 24_000, "FLOAT", format="WAV")
+    assert _code(target.getvalue()) == "reference_unreadable"
+    assert not list(recwarn)
+
+
+def test_looking_for_silence_takes_little_memory() -> None:
+    audio = np.zeros(24_000 * 300, np.float32)  # 29 MB
+    tracemalloc.start()
+    with pytest.raises(SpeechError, match="silent"):
+        check_reference(audio, 24_000)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 0.5 * audio.nbytes
+
+
 def test_a_recording_of_a_voice_passes_the_check() -> None:
     check_reference(sung_vowel(140.0), 24_000)
 
