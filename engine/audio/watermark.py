@@ -73,8 +73,11 @@ class Watermarker:
             be verified (shorter than 0.5 s, or silent): it is marked all the same.
 
         Raises:
-            SpeechError: watermark_unavailable when verifiable audio does not carry the mark afterwards.
+            SpeechError: watermark_unavailable when verifiable audio does not carry the mark afterwards,
+                generation_failed for audio that is not finite, in which no mark could be found.
         """
+        if not np.isfinite(waveform).all():
+            raise SpeechError("generation_failed", "the audio holds NaN or infinity")
         marked = self.mark(waveform, sample_rate)
         if not is_verifiable(marked, sample_rate):
             return marked, False

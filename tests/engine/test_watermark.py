@@ -62,6 +62,17 @@ def test_the_mark_is_found_by_both_detectors_and_not_before(
     assert float(upstream.get_watermark(speech, RATE_HZ, round=False)) < 0.2  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_audio_that_is_not_finite_never_leaves_unverified(
+    watermarker: Watermarker, speech: FloatArray, value: float
+) -> None:
+    broken = speech.copy()
+    broken[1000] = value
+    with pytest.raises(SpeechError) as caught:
+        watermarker.apply(broken, RATE_HZ)
+    assert caught.value.code == "generation_failed"
+
+
 def _signals() -> dict[str, FloatArray]:
     random = np.random.default_rng(0)
     time_s = np.arange(RATE_HZ * 2) / RATE_HZ
