@@ -54,11 +54,17 @@ def error_result(error: BaseException) -> dict[str, str | None]:
     """
     if isinstance(error, (JobError, SpeechError)):
         return _result(error.code, error.message, error.field)
-    if isinstance(error, MemoryError):
+    if _is_lack_of_memory(error):
+        _log.error("out of memory", exc_info=error)
         return _result("out_of_memory", "the worker ran out of memory on this job")
     reference = uuid.uuid4().hex[:8]
     _log.error("internal error %s", reference, exc_info=error)
     return _result("internal", f"something went wrong inside the worker (reference {reference} in its log)")
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Python's, or torch's for a device, which is known by its name: jobs do not import torch."""
+    return isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
 
 
 def _result(code: str, message: str, field: str | None = None) -> dict[str, str | None]:

@@ -40,6 +40,12 @@ def test_a_lack_of_memory_has_its_own_code() -> None:
     assert error_result(MemoryError())["error_code"] == "out_of_memory"
 
 
+def test_so_has_a_devices_lack_of_memory() -> None:
+    import torch
+
+    assert error_result(torch.OutOfMemoryError("CUDA out of memory"))["error_code"] == "out_of_memory"
+
+
 def test_an_error_is_never_empty_since_the_platform_takes_that_for_success() -> None:
     assert error_result(JobError("internal", ""))["error"]
 
