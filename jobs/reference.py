@@ -28,7 +28,9 @@ REFERENCE = "reference"
 """What a result calls the voice of a recording that has no name."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_URL_SAFE = str.maketrans("-_", "+/")
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_WHITE_SPACE = b" \t\r\n\v\f"
+_MAX_WRAPPED = 2  # base64 wrapped in lines, even of four characters each, is not twice as long
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def read_reference(source: str, field: str, context: JobContext) -> VoicePrompt:
 
 
 def _fetch(source: str, field: str, settings: Settings, *, local_files: bool) -> bytes:
+    source = source.strip()
     scheme = _SCHEME.match(source)
     if scheme is None:
         return _from_base64(source, field, settings.max_reference_bytes)
@@ -101,10 +104,15 @@ def _refusal(scheme: str) -> str:
 
 
 def _from_base64(text: str, field: str, max_bytes: int) -> bytes:
-    compact = "".join(text.split()).translate(_URL_SAFE)  # line-wrapped and URL-safe spellings are common
-    _check_size(len(compact) * 3 // 4, field, max_bytes)
+    _check_size(len(text) * 3 // 4 // _MAX_WRAPPED, field, max_bytes)
     try:
+        compact = text.encode("ascii").translate(_URL_SAFE, _WHITE_SPACE)  # wrapped and URL-safe spellings are common
+        _check_size(len(compact) * 3 // 4, field, max_bytes)
         data = base64.b64decode(compact, validate=True)
+    except UnicodeEncodeError as error:
+        raise JobError(
+            "reference_unreadable", f"{field}: expected base64 or a data URI, got other characters", field
+        ) from error
     except (binascii.Error, ValueError) as error:
         raise JobError("reference_unreadable", f"{field}: expected base64 or a data URI ({error})", field) from error
     return _not_empty(data, field)

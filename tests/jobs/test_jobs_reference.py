@@ -74,6 +74,7 @@ def test_all_wrappings_of_one_recording_give_one_voice(
         "\n".join(plain[i : i + 76] for i in range(0, len(plain), 76)),
         base64.urlsafe_b64encode(data).decode(),
         f"data:audio/wav;base64,{plain}",
+        f"  data:audio/wav;base64,{plain}\n",
         f"data:audio/wav,{urllib.parse.quote_from_bytes(data)}",
         f"file:{tmp_path / 'my voice.wav'}",
     ]
@@ -81,7 +82,7 @@ def test_all_wrappings_of_one_recording_give_one_voice(
 
 
 @pytest.mark.parametrize(
-    "source", ["", "   ", "not base64!", "AAA", "data:audio/wav;base64", "data:;base64,%%%", "data:,"]
+    "source", ["", "   ", "not base64!", "AAA", "data:audio/wav;base64", "data:;base64,%%%", "data:,", "ÄÖÜ="]
 )
 def test_broken_base64_is_unreadable(source: str, settings: Settings) -> None:
     assert code_of(source, settings) == "reference_unreadable"
