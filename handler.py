@@ -78,7 +78,10 @@ def run_local(source: str, settings: Settings) -> int:
     """Run one job, write its audio to out/ and report it; 1 when the job failed."""
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
         job, result = asyncio.run(_run_once(source, settings))
-        result = _audio_to_files(result, _file_stem(job))
+        try:
+            result = _audio_to_files(result, _file_stem(job))
+        except OSError as error:
+            result = error_result(JobError("storage_failed", f"the audio cannot be written to {OUT_DIR}/: {error}"))
     print(json.dumps(result, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8"))
     print(_summary(job, result), file=sys.stderr)
     return 1 if "error" in result else 0
@@ -105,7 +108,11 @@ def read_job(source: str) -> dict[str, Any]:
         text = _job_text(source)
         job = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise JobError("invalid_request", f"--test_input: cannot read the job: {error}", "input") from error
+        raise JobError(
+            "invalid_request",
+            f"--test_input: expected a job as JSON, @PATH of a JSON file, or - for standard input: {error}",
+            "input",
+        ) from error
     if not isinstance(job, dict):
         raise JobError("invalid_request", 'expected a job {"input": {…}}', "input")
     return job
@@ -113,8 +120,8 @@ def read_job(source: str) -> dict[str, Any]:
 
 def _job_text(source: str) -> str:
     if source == "-":
-        return sys.stdin.read()
-    return Path(source[1:]).read_text(encoding="utf-8") if source.startswith("@") else source
+        return sys.stdin.read().removeprefix("\ufeff")
+    return Path(source[1:]).read_text(encoding="utf-8-sig") if source.startswith("@") else source
 
 
 def _parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -219,4 +226,7 @@ def _summary(job: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -176,6 +176,24 @@ def test_a_job_error_is_told_as_json_and_leaves_no_file(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_a_coded_error_and_leaves_it_alone(
+    tmp_path: Path, call: Callable[..., Finished]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert call("--test_input", job(text="Hello")).result(status=1)["error_code"] == "storage_failed"
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_a_job_file_may_begin_with_a_byte_order_mark(tmp_path: Path, call: Callable[..., Finished]) -> None:
+    (tmp_path / "job.json").write_text(job(operation="info"), encoding="utf-8-sig")
+    assert call("--test_input", "@job.json").result()["model"] == "draft"
+
+
+def test_what_is_no_job_is_told_the_ways_to_give_one(call: Callable[..., Finished]) -> None:
+    message = call("--test_input", "job.json").result(status=1)["error"]
+    assert "@PATH" in message and "standard input" in message
+
+
 def test_a_model_that_cannot_be_had_is_a_coded_error(call: Callable[..., Finished]) -> None:
     result = call("--test_input", job(text="Hello"), MODEL="turbot").result(status=1)
     assert result["error_code"] == "model_unavailable"
