@@ -10,6 +10,7 @@ With device "meta" nothing is allocated: names and shapes are all that the write
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -102,10 +103,12 @@ def build_upstream_s3gen(model: str, size: Size = "tiny", device: str = "cpu") -
     """Upstream's S3Gen (speech tokenizer, speaker encoder, flow, vocoder) of a family member."""
     meanflow = get_model(model).meanflow
     upstream = chatterbox("models.s3gen.s3gen")
-    if size == "tiny":
-        return _tiny_s3gen(upstream, meanflow, device)
-    with _building_on(device):
-        return upstream.S3Token2Wav(meanflow=meanflow)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`LoRACompatibleLinear` is deprecated", FutureWarning)  # between packages
+        if size == "tiny":
+            return _tiny_s3gen(upstream, meanflow, device)
+        with _building_on(device):
+            return upstream.S3Token2Wav(meanflow=meanflow)
 
 
 def _tiny_s3gen(upstream: Any, meanflow: bool, device: str) -> Any:

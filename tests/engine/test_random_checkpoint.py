@@ -50,6 +50,11 @@ def test_a_checkpoint_holds_every_file_its_model_requires(model: str, tiny_check
     assert missing == []
 
 
+def test_laying_out_upstreams_modules_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    build_upstream_s3gen("turbo", device="meta")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @pytest.mark.parametrize("model", FAMILIES)
 def test_upstream_loads_a_checkpoint_as_strictly_as_it_loads_its_own(model: str, tiny_upstream: Upstream) -> None:
     upstream = tiny_upstream(model)
@@ -129,7 +134,11 @@ def test_random_weights_give_audible_audio_that_does_not_clip(tiny_upstream: Ups
     assert audio.abs().max() < 0.9
 
 
-GREEDY: dict[str, dict[str, Any]] = {"turbo": {"top_k": 1}, "original": {"top_p": 1e-6}, "multilingual": {"top_p": 1e-6}}
+GREEDY: dict[str, dict[str, Any]] = {
+    "turbo": {"top_k": 1},
+    "original": {"top_p": 1e-6},
+    "multilingual": {"top_p": 1e-6},
+}
 
 
 @pytest.mark.parametrize("model", FAMILIES)
