@@ -154,7 +154,7 @@ def _sounding_s(audio: FloatArray, sample_rate: int) -> float:
     num_sounding = 0
     for start in range(0, len(frames), _LEVEL_FRAMES):  # in double precision, but never all of it at once
         level = np.sqrt(np.mean((frames[start : start + _LEVEL_FRAMES] - offset) ** 2, axis=1))
-        num_sounding += np.count_nonzero(level > 10 ** (SILENCE_DBFS / 20))
+        num_sounding += int(np.count_nonzero(level > 10 ** (SILENCE_DBFS / 20)))
     return float(num_sounding * size / sample_rate)
 
 
