@@ -29,6 +29,9 @@ MIN_BF16_GAIN = 1.1
 FLOW_ROWS = 256
 """Rows at which bf16 is measured for the flow, which multiplies whole mel sequences."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+X86 = ("x86_64", "amd64")
+
 _BF16_CAPABILITY = (8, 0)
 """Ampere: the first CUDA capability with bf16 and TF32 in hardware (CUDA C Programming Guide)."""
 
@@ -65,7 +68,8 @@ class DevicePlan:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        return dtypes[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def choose(probe: Probe, device: str = "auto", dtype: str = "auto", num_threads:
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        dtype: "auto", "float32" or "bfloat16".
+        dtype: "auto", "float32", "bfloat16" or, on an x86 CPU, "float16": never chosen by itself, because packing
+            the weights costs seconds at load (see `engine.packed`).
         num_threads: None for one per performance core.
 
     Raises:
@@ -92,7 +97,9 @@ def choose(probe: Probe, device: str = "auto", dtype: str = "auto", num_threads:
     """
     place = _choose_device(probe, device)
     t3 = _choose_dtype(probe, place.value, dtype, probe.bf16_gain, "T3")
-    flow = _choose_dtype(probe, place.value, dtype, probe.bf16_flow_gain, "flow")
+    # float16 is a layout of T3's matrices on a CPU; the flow's masks overflow in it.
+    flow_dtype = "float32" if dtype == "float16" else dtype
+    flow = _choose_dtype(probe, place.value, flow_dtype, probe.bf16_flow_gain, "flow")
     threads, threads_reason = _choose_threads(probe, num_threads)
     return DevicePlan(
         device=place.value,
@@ -169,8 +176,12 @@ def _has_bf16(probe: Probe, device: str) -> bool:
 
 
 def _choose_dtype(probe: Probe, device: str, wanted: str, gain: float | None, part: str) -> _Choice:
-    if wanted not in ("auto", "float32", "bfloat16"):
-        raise SpeechError("invalid_request", f"expected dtype auto, float32 or bfloat16, got {wanted!r}", "dtype")
+    if wanted not in DTYPES:
+        raise SpeechError("invalid_request", f"expected dtype {', '.join(DTYPES)}, got {wanted!r}", "dtype")
+    if wanted == "float16" and (device != "cpu" or probe.machine.lower() not in X86):
+        raise SpeechError(
+            "invalid_request", f"dtype float16 is for x86 CPUs, this is {device} on {probe.machine}", "dtype"
+        )
     emulated = wanted == "bfloat16" and device.startswith("cuda") and not _has_bf16(probe, device)
     if wanted != "auto":
         warning = "this GPU emulates bfloat16; float32 is faster here" if emulated else None
@@ -269,7 +280,8 @@ def resolve(
     found = probe()
     plan = choose(found, device, dtype, num_threads)
     apply(plan)  # before measuring: the gain depends on the number of threads
-    if dtype == "auto" and plan.device == "cpu":
+    # Without the hardware bf16 is emulated, which loses as soon as two rows share a step.
+    if dtype == "auto" and plan.device == "cpu" and found.cpu_bf16:
         gains = {"bf16_gain": measure_bf16_gain("cpu", rows), "bf16_flow_gain": measure_bf16_gain("cpu", FLOW_ROWS)}
         found = dataclasses.replace(found, **gains)  # type: ignore[arg-type]
         plan = choose(found, device, dtype, num_threads)

@@ -28,6 +28,7 @@ from engine.text.planning import PlannedChunk, plan
 from engine.types import (
     PARAMETERS,
     SAMPLE_RATE,
+    UNVERIFIED_MARK,
     Chunk,
     Conditionals,
     EngineConfig,
@@ -221,7 +222,7 @@ class DraftEngine:
             tones.append(_Tone.of(f0_hz))
             warnings += missing
         spoken = [(chunk, self._language(chunk.language), tones[chunk.segment_index]) for chunk in chunks]
-        return _Utterance(spoken, request.seed or 0, tuple(dict.fromkeys(warnings)))
+        return _Utterance(spoken, request.known_seed, tuple(dict.fromkeys(warnings)))
 
     def _f0(self, voice: Voice | None) -> tuple[float | None, list[str]]:
         """The pitch to speak at in Hz, None for eSpeak's own; and what there is to say about it."""
@@ -276,7 +277,11 @@ class DraftEngine:
         waveform, watermarked = self._marked(speech.waveform)
         clock.lap("master")
         self._count()
-        return dataclasses.replace(speech, waveform=waveform, watermarked=watermarked, timings=clock.timings())
+        is_unverified = self._watermarker is not None and not watermarked
+        warnings = (*speech.warnings, *([UNVERIFIED_MARK] if is_unverified else []))
+        return dataclasses.replace(
+            speech, waveform=waveform, watermarked=watermarked, timings=clock.timings(), warnings=warnings
+        )
 
     def _marked(self, waveform: FloatArray) -> tuple[FloatArray, bool]:
         return (waveform, False) if self._watermarker is None else self._watermarker.apply(waveform, SAMPLE_RATE)

@@ -39,7 +39,16 @@ from engine.t3.backbone import KVCache
 from engine.t3.decoder import Decoder
 from engine.t3.model import T3, load_t3
 from engine.text import load_text_front_end
-from engine.types import SAMPLE_RATE, Chunk, Conditionals, EngineConfig, Speech, SpeechRequest, VoicePrompt
+from engine.types import (
+    SAMPLE_RATE,
+    UNVERIFIED_MARK,
+    Chunk,
+    Conditionals,
+    EngineConfig,
+    Speech,
+    SpeechRequest,
+    VoicePrompt,
+)
 from engine.utterance import Utterance, fail, rounded, succeed
 from engine.voices import ConditionalsCache, PreparedVoices
 
@@ -234,9 +243,10 @@ class Engine:
             for index, chunk in enumerate(utterance.chunks)
         ]
         assembled = assemble(clips)
-        waveform, is_marked = assembled.waveform, False
+        waveform, is_marked, warnings = assembled.waveform, False, list(utterance.warnings)
         if self._watermarker is not None:
             waveform, is_marked = self._watermarker.apply(waveform, SAMPLE_RATE)
+            warnings += [] if is_marked else [UNVERIFIED_MARK]
         utterance.add_time("master", time.perf_counter() - started)
         utterance.add_time("total", time.perf_counter() - utterance.submitted_s)
         return Speech(
@@ -250,7 +260,7 @@ class Engine:
             model=self.model,
             watermarked=is_marked,
             timings=rounded(utterance.timings),
-            warnings=(*self._plan.warnings, *utterance.warnings),
+            warnings=(*self._plan.warnings, *warnings),
         )
 
     # ---------------------------------------------------------------------------------- about itself

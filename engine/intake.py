@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import secrets
 import time
 from concurrent.futures import Future
 
@@ -21,8 +20,6 @@ from engine.types import PARAMETERS, Conditionals, IntArray, Segment, Speech, Sp
 from engine.utterance import ChunkWork, Utterance, chunk_seeds
 from engine.voices import ConditionalsCache, check_voice
 
-DRAWN_SEED_BITS = 31
-"""Seeds that we draw are short enough to be read out and typed in again."""
 UNLIMITED_TOP_K = 1 << 30
 """More than any vocabulary: every token is a candidate."""
 
@@ -72,7 +69,7 @@ class Intake:
         planned = [chunk for chunk in planned if chunk.speakable]
         if not planned:
             raise SpeechError("text_empty", "the text holds nothing that can be spoken", "text")
-        seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
+        seed = request.known_seed
         seeds = chunk_seeds(seed, [chunk.text for chunk in planned])
         voices = [self._resolve(segment, request.voice) for segment in segments]
         chunks = [

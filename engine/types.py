@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,10 @@ SAMPLE_RATE = 24_000
 """Hz of everything the engine gives out (S3Gen's own rate)."""
 
 MAX_SEED = 2**63 - 1
+DRAWN_SEED_BITS = 31
+"""Seeds that are drawn are short enough to be read out and typed in again."""
+UNVERIFIED_MARK = "the audio is watermarked, but too short or silent for the mark to be verified"
+"""Warning of a result whose `watermarked` is False though its audio was marked."""
 
 
 def _frozen(array: NDArray, dtype: type) -> NDArray:
@@ -246,6 +251,11 @@ class SpeechRequest:
                 _check_number(name, value, bounds.low, bounds.high, integer=bounds.integer)
 
     @property
+    def known_seed(self) -> int:
+        """The seed, or one drawn now."""
+        return secrets.randbits(DRAWN_SEED_BITS) if self.seed is None else self.seed
+
+    @property
     def all_segments(self) -> tuple[Segment, ...]:
         """The request as segments: `text` is a single one."""
         return self.segments if self.text is None else (Segment(self.text),)
@@ -344,7 +354,8 @@ class EngineConfig:
         model_dir: folder with the weights; None looks in the Hugging Face cache, then downloads.
         model_revision: hub revision (commit, tag or branch); None for the default branch.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        dtype: "auto", "float32" or "bfloat16", of T3 and the flow; the vocoder stays float32.
+        dtype: "auto", "float32", "bfloat16" of T3 and the flow, or "float16" of T3's matrices on an x86 CPU; the
+            vocoder stays float32.
         max_rows: chunks decoded at once; None chooses from the device's memory.
         max_queued: requests that may wait or run at once; one more is refused.
         use_graphs: capture CUDA graphs of the decoding step (off for debugging).
@@ -370,9 +381,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.model_dir is not None:
             object.__setattr__(self, "model_dir", Path(self.model_dir))
-        if self.dtype not in ("auto", "float32", "bfloat16"):
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise SpeechError(
-                "invalid_request", f"expected dtype auto, float32 or bfloat16, got {self.dtype!r}", "dtype"
+                "invalid_request", f"expected dtype auto, float32, bfloat16 or float16, got {self.dtype!r}", "dtype"
             )
         if self.max_rows is not None:
             _check_number("max_rows", self.max_rows, 1, 4096, integer=True)

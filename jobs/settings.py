@@ -50,8 +50,9 @@ class Settings(BaseSettings):
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision of the decoder and the flow: auto, float32 or bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Precision of the models: auto, float32, bfloat16, float16 (x86 CPUs: slow to load, fast)",
     )
     max_concurrency: int = Field(
         default=1,

@@ -28,7 +28,20 @@ MAY_IMPORT = {
 """Which of the house's own packages a package may import, beside itself."""
 
 ENGINE_ORDER = (
-    *("errors", "types", "models", "machine", "device", "upstream", "noise", "weights", "keymap", "hub", "checkpoint"),
+    *(
+        "errors",
+        "types",
+        "models",
+        "machine",
+        "packed",
+        "device",
+        "upstream",
+        "noise",
+        "weights",
+        "keymap",
+        "hub",
+        "checkpoint",
+    ),
     *("text", "random_tokenizers", "random_checkpoint", "conditioning", "t3", "s3gen", "guard", "audio"),
     *("espeak", "draft", "scheduler", "utterance", "voices", "intake", "core", "engine"),
 )

@@ -126,18 +126,20 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layer: int, cache: KVCache, window: Window, mask: Tensor, rope: Rope | None) -> Tensor:
         num_rows, num_new, width = x.shape
-        qkv = _linear(x, self.qkv).view(num_rows, num_new, 3, width // HEAD_DIM, HEAD_DIM)
+        qkv = project(x, self.qkv).view(num_rows, num_new, 3, width // HEAD_DIM, HEAD_DIM)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, n, head_dim)
         if rope is not None:
             query, key = rope.rotate(query), rope.rotate(key)
         keys, values = window.update(cache.keys[layer], key), window.update(cache.values[layer], value)
         attended = F.scaled_dot_product_attention(query.to(keys.dtype), keys, values, attn_mask=mask)
-        return _linear(attended.transpose(1, 2).reshape(num_rows, num_new, width), self.out)
+        return project(attended.transpose(1, 2).reshape(num_rows, num_new, width), self.out)
 
 
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+def project(x: Tensor, layer: nn.Module) -> Tensor:
     """A projection in the weights' dtype, its result in float32."""
-    return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias).float()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias).float()
+    return layer(x)  # a `PackedLinear`
 
 
 class Gpt2Layer(nn.Module):
@@ -153,7 +155,7 @@ class Gpt2Layer(nn.Module):
 
     def forward(self, x: Tensor, layer: int, cache: KVCache, window: Window, mask: Tensor, rope: Rope | None) -> Tensor:
         x = x + self.attention(self.norm1(x), layer, cache, window, mask, rope)
-        return x + _linear(F.gelu(_linear(self.norm2(x), self.up), approximate="tanh"), self.down)
+        return x + project(F.gelu(project(self.norm2(x), self.up), approximate="tanh"), self.down)
 
 
 class RMSNorm(nn.Module):
@@ -180,8 +182,8 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x: Tensor, layer: int, cache: KVCache, window: Window, mask: Tensor, rope: Rope | None) -> Tensor:
         x = x + self.attention(self.norm1(x), layer, cache, window, mask, rope)
-        gate, up = _linear(self.norm2(x), self.gate_up).chunk(2, dim=-1)
-        return x + _linear(F.silu(gate) * up, self.down)
+        gate, up = project(self.norm2(x), self.gate_up).chunk(2, dim=-1)
+        return x + project(F.silu(gate) * up, self.down)
 
 
 def llama3_inverse_frequencies() -> Tensor:

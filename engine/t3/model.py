@@ -14,7 +14,7 @@ guidance a second row has its text token embeddings zeroed and keeps the text po
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from engine.keymap import Key, load_keys, matrix_dtype, shapes_of
 from engine.models import START_SPEECH_TOKEN
-from engine.t3.backbone import Backbone, BackboneShape, backbone_keys
+from engine.packed import PackedLinear, pack_linears
+from engine.t3.backbone import Backbone, BackboneShape, backbone_keys, project
 from engine.weights import WeightFile
 
 SPEAKER_WIDTH = 256
@@ -90,11 +91,11 @@ class T3(nn.Module):
         self.speaker = nn.Linear(SPEAKER_WIDTH, width)
         self.emotion = nn.Linear(1, width, bias=False) if num_latents else None
         self.perceiver = Perceiver(num_latents, width) if num_latents else None
-        self.head = nn.Linear(width, speech_vocab_size, bias=shape.kind == "gpt2")
+        self.head: nn.Module = nn.Linear(width, speech_vocab_size, bias=shape.kind == "gpt2")
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.speaker.weight.device
 
     @property
     def uses_guidance(self) -> bool:
@@ -112,15 +113,14 @@ class T3(nn.Module):
         Returns:
             float32 (1, positions, width).
         """
-        dtype = self.speaker.weight.dtype
-        speaker = self.speaker(speaker_embedding.to(dtype)[None, None])
-        prompt = self.speech_embedding(prompt_tokens[None])
+        speaker = self.speaker(speaker_embedding[None, None])
+        prompt = self.speech_embedding(prompt_tokens[None]).float()
         if self.perceiver is None or self.emotion is None:
-            return torch.cat((speaker, prompt), dim=1).float()
+            return torch.cat((speaker, prompt), dim=1)
         assert exaggeration is not None and self.speech_positions is not None
-        prompt = prompt + self.speech_positions.weight[: prompt.shape[1]]
-        emotion = self.emotion(torch.full((1, 1, 1), exaggeration, dtype=dtype, device=self.device))
-        return torch.cat((speaker, self.perceiver(prompt), emotion), dim=1).float()
+        prompt = prompt + self.speech_positions.weight[: prompt.shape[1]].float()
+        emotion = self.emotion(torch.full((1, 1, 1), exaggeration, device=self.device))
+        return torch.cat((speaker, self.perceiver(prompt), emotion), dim=1)
 
     def embed_text(self, text_tokens: Tensor, *, is_unconditional: bool = False) -> Tensor:
         """Inputs for the text part: int64 (N,) to float32 (1, N or N + 1, width)."""
@@ -130,8 +130,8 @@ class T3(nn.Module):
         if is_unconditional:
             text = torch.zeros_like(text)
         text = text + self.text_positions.weight[: text.shape[1]].float()
-        start = self.speech_embedding.weight[START_SPEECH_TOKEN] + self.speech_positions.weight[0]
-        return torch.cat((text, start.float().expand(1, 1, -1)), dim=1)
+        start = self.speech_embedding.weight[START_SPEECH_TOKEN].float() + self.speech_positions.weight[0].float()
+        return torch.cat((text, start.expand(1, 1, -1)), dim=1)
 
     def embed_speech(self, tokens: Tensor, steps: Tensor) -> Tensor:
         """Inputs for one decoding step: int64 (rows,) tokens at speech positions `steps`, to (rows, 1, width)."""
@@ -142,7 +142,7 @@ class T3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (…, width) to float32 (…, speech vocabulary)."""
-        return F.linear(hidden.to(self.head.weight.dtype), self.head.weight, self.head.bias).float()
+        return project(hidden, self.head)
 
 
 def read_t3_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -207,7 +207,8 @@ def load_t3(path: Path, device: torch.device, dtype: torch.dtype) -> T3:
     """Load T3 from upstream's file.
 
     Args:
-        dtype: of the matrices; norms stay float32.
+        dtype: of the backbone, the head and the embeddings; norms and what runs once per voice stay float32.
+            float16 is for x86 CPUs, see `PackedLinear`.
 
     Raises:
         SpeechError: weights_missing when the file does not fit.
@@ -217,6 +218,16 @@ def load_t3(path: Path, device: torch.device, dtype: torch.dtype) -> T3:
         with torch.device("meta"):
             model = T3(**read_t3_arguments(shapes))
         keys = t3_keys(model.shape, shapes)
-        load_keys(model, weights, keys, device=device, dtype_for=matrix_dtype(model, dtype))
+        load_keys(model, weights, keys, device=device, dtype_for=_dtype_for(model, dtype))
+    if dtype == torch.float16:
+        assert isinstance(model.head, nn.Linear)
+        pack_linears(model.backbone, torch.get_num_threads())
+        model.head = PackedLinear(model.head)
     model.backbone.finish_loading(device)
     return model
+
+
+def _dtype_for(model: T3, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """Voices are embedded once and kept: their part is exact whatever the dtype."""
+    of_matrices = matrix_dtype(model, dtype)
+    return lambda name: torch.float32 if name.startswith(("speaker.", "emotion.", "perceiver.")) else of_matrices(name)

@@ -211,6 +211,15 @@ def test_the_measured_gain_is_a_positive_ratio(rows: int) -> None:
     assert 0.01 < measure_bf16_gain("cpu", rows) < 100
 
 
+def test_float16_is_for_x86_cpus_and_leaves_the_flow_in_float32() -> None:
+    plan = choose(SERVER, dtype="float16")
+    assert (plan.dtype, plan.flow_dtype, plan.torch_dtype) == ("float16", "float32", torch.float16)
+    for probed, device in ((MACBOOK, "cpu"), (with_gpu(AMPERE), "cuda")):
+        with pytest.raises(SpeechError, match="x86") as caught:
+            choose(probed, device, "float16")
+        assert caught.value.field == "dtype"
+
+
 def test_this_machine_can_be_probed_and_planned_for() -> None:
     found = probe()
     assert found.num_cores >= 1

@@ -48,7 +48,7 @@ def _letters(text: str) -> str:
 
 def test_speech_can_be_heard_and_says_who_spoke(engine: DraftEngine) -> None:
     speech = engine.speak(SpeechRequest(text=SENTENCE))
-    assert speech.model == "draft" and speech.sample_rate == 24_000 and speech.seed == 0
+    assert speech.model == "draft" and speech.sample_rate == 24_000 and speech.seed >= 0
     assert speech.waveform.dtype == np.float32 and np.abs(speech.waveform).max() <= 1.0
     assert 0.02 < _level(speech.waveform) < 0.5
     assert 2.5 < speech.duration_s < 7.0  # 12 words at 175 per minute
