@@ -131,7 +131,7 @@ def test_a_device_that_is_not_there_is_never_replaced(probed: Probe, device: str
 
 
 def test_wrong_dtype_and_thread_count_are_refused_by_name() -> None:
-    assert code_and_field(SERVER, dtype="float16") == ("invalid_request", "dtype")
+    assert code_and_field(SERVER, dtype="float8") == ("invalid_request", "dtype")
     assert code_and_field(SERVER, num_threads=0) == ("invalid_request", "num_threads")
 
 
