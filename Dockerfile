@@ -20,7 +20,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints/cuda.txt -r requirements.txt -r requirements-languages.txt \
     && pip install --constraint constraints/cuda.txt --no-deps -r requirements-upstream.txt
 
-COPY handler.py LICENSE ./
+COPY handler.py test_input.json LICENSE ./
 COPY engine/ engine/
 COPY jobs/ jobs/
 COPY voice_library/ voice_library/

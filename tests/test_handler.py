@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import soundfile
 
 import handler
+from engine.random_checkpoint import PlantedSpeech, write_checkpoint
 from jobs.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +146,32 @@ def test_a_voice_clone_writes_its_sample_and_shows_no_base64(voice_wav: Path, ca
     result = finished.result()
     assert result["audio"] == result["sample_audio"] == str(Path("out", "my-clone.wav"))
     assert len(finished.stdout) + len(finished.stderr) < 5_000
+
+
+OUR_LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ \w+ +(handler|jobs|engine)[\w.]*: |  [a-z]")
+"""A line of our log, or of the summary."""
+
+
+def test_a_models_own_weights_speak_in_a_files_voice_and_nobody_else_writes_to_the_log(
+    tmp_path: Path, voice_wav: Path
+) -> None:
+    weights = write_checkpoint(tmp_path / "weights", "turbo", plan=PlantedSpeech(tokens=tuple(range(100, 140))))
+    fields = {"text": "Hello there", "seed": 1, "reference_audio": "file:voice.wav", "exaggeration": 0.7}
+    finished = run(tmp_path, "--test_input", job(**fields), MODEL="turbo", MODEL_DIR=str(weights), DEVICE="cpu")
+    result = finished.result()
+    assert (result["model"], result["voice"], result["watermarked"]) == ("turbo", "reference", True)
+    assert result["duration_s"] == pytest.approx(43 / 25)
+    assert soundfile.info(tmp_path / result["audio"]).duration == pytest.approx(43 / 25)
+    assert any("exaggeration" in warning for warning in result["warnings"])
+    assert [line for line in finished.stderr.splitlines() if not OUR_LINE.match(line)] == []
+
+
+def test_the_image_holds_the_test_job_and_all_it_copies_is_sent_to_the_build() -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    names = {name for names in copied for name in names.split()}
+    assert handler.DEFAULT_JOB.name in names
+    assert names <= {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert all((ROOT / name).exists() for name in names)
 
 
 def test_info_runs_locally(call: Callable[..., Finished]) -> None:
