@@ -48,7 +48,7 @@ run: $(RUN_STAMP)
 	@$(PY) handler.py
 
 test: $(DEV_STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 setup: $(DEV_STAMP)
 	@echo "$(VENV) is ready."
