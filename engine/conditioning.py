@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,8 +105,7 @@ def _at_loudness(audio: FloatArray, target_lufs: float) -> FloatArray:
     """Scale to an integrated loudness (ITU-R BS.1770-4); audio too quiet to have one is left as it is."""
     import pyloudnorm
 
-    with warnings.catch_warnings(), np.errstate(divide="ignore"):
-        warnings.simplefilter("ignore")
+    with np.errstate(divide="ignore"):  # this thread's alone, which filters of warnings are not
         loudness = float(pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(audio))
     gain = 10.0 ** ((target_lufs - loudness) / 20.0) if math.isfinite(loudness) else 1.0
     return audio * np.float32(gain)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyloudnorm
 import pytest
 import soundfile
 import torch
@@ -132,6 +134,25 @@ def test_the_test_voice_tells_the_networks_apart(conditioner: Loaded) -> None:
     assert len(set(first.s3_prompt_tokens.tolist())) > 20
     assert np.abs(first.s3_embedding - second.s3_embedding).max() > 10 * TOLERANCE
     assert np.abs(first.s3_prompt_mel - second.s3_prompt_mel).max() > 10 * TOLERANCE
+
+
+def test_a_prompts_loudness_is_measured_without_touching_the_processs_warnings(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Two voices at once would put the filters back in the wrong order, and all warnings would be off for good."""
+    measure, filters, seen = pyloudnorm.Meter.integrated_loudness, list(warnings.filters), []
+    monkeypatch.setattr(
+        pyloudnorm.Meter,
+        "integrated_loudness",
+        lambda *arguments: (seen.append(list(warnings.filters)), measure(*arguments))[1],
+    )
+    for level in (0.3, 0.003):
+        prepare_reference(VoicePrompt(_voice(6.0, 24_000, level=level), 24_000), get_model("turbo"))
+    below_the_gate = np.zeros(6 * 24_000, np.float32)
+    below_the_gate[1000] = 2 * SILENCE_PEAK
+    prepare_reference(VoicePrompt(below_the_gate, 24_000), get_model("turbo"))
+    assert seen == [filters] * 3
+    assert not list(recwarn)
 
 
 def test_turbo_takes_a_prompt_at_the_same_loudness_however_loud_it_was_recorded() -> None:
