@@ -141,11 +141,12 @@ def test_a_prompts_loudness_is_measured_without_touching_the_processs_warnings(
 ) -> None:
     """Two voices at once would put the filters back in the wrong order, and all warnings would be off for good."""
     measure, filters, seen = pyloudnorm.Meter.integrated_loudness, list(warnings.filters), []
-    monkeypatch.setattr(
-        pyloudnorm.Meter,
-        "integrated_loudness",
-        lambda *arguments: (seen.append(list(warnings.filters)), measure(*arguments))[1],
-    )
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(list(warnings.filters))
+        return measure(*arguments)
+
+    monkeypatch.setattr(pyloudnorm.Meter, "integrated_loudness", watched)
     for level in (0.3, 0.003):
         prepare_reference(VoicePrompt(_voice(6.0, 24_000, level=level), 24_000), get_model("turbo"))
     below_the_gate = np.zeros(6 * 24_000, np.float32)
