@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engine import guard
@@ -25,7 +24,7 @@ from engine.s3gen.renderer import Pass, Renderer
 from engine.scheduler import Scheduler, Ticket
 from engine.t3.decoder import DecodedRow, Decoder, DecodeRequest
 from engine.types import SAMPLE_RATE, IntArray
-from engine.utterance import Utterance, fail, rendered_tokens
+from engine.utterance import Utterance, as_speech_error, fail, is_out_of_memory, rendered_tokens
 from engine.voices import PreparedVoices
 
 STEPS_PER_LOOK = 8
@@ -145,15 +144,27 @@ class Core:
 
     def _run(self) -> None:
         while not (self._is_closing and not self._utterances):
-            is_idle = not self._rows and not len(self._scheduler)
-            self._read_inbox(wait=is_idle and (self._is_rendering or not self._ready))
             try:
-                self._admit()
-                self._decode()
-                self._render()
+                self._turn()
             except Exception as error:  # a fault of ours: no request may wait for ever because of it
-                for utterance in list(self._utterances.values()):
-                    self._fail(utterance, error)
+                self._fail_all(error)
+
+    def _turn(self) -> None:
+        is_idle = not self._rows and not len(self._scheduler)
+        self._read_inbox(wait=is_idle and (self._is_rendering or not self._ready))
+        self._admit()
+        self._decode()
+        self._render()
+
+    def _fail_all(self, error: Exception) -> None:
+        """Let go of every utterance, even where the device no longer answers."""
+        for utterance in list(self._utterances.values()):
+            try:
+                self._fail(utterance, error)
+            except Exception:
+                _log.exception("the engine could not let go of an utterance")
+                self._utterances.pop(utterance.id, None)
+                fail(utterance, SpeechError("generation_failed", "the engine failed on this request"))
 
     def _read_inbox(self, *, wait: bool) -> None:
         while True:
@@ -297,6 +308,7 @@ class Core:
         started = time.perf_counter()
         try:
             waveforms = self._renderer.render([item.request for item in work])
+            assert len(waveforms) == len(work), (len(waveforms), len(work))
         except Exception as error:
             if len(work) == 1:
                 return [_RenderedPass(work[0], error, 0.0)]
@@ -345,17 +357,7 @@ class Core:
 
     def _fail(self, utterance: Utterance, error: Exception) -> None:
         self._drop(utterance.id)
-        if is_out_of_memory(error):
-            error = SpeechError("out_of_memory", "the request does not fit in the device's memory")
-        if not isinstance(error, SpeechError):
-            _log.error("an utterance failed inside the engine", exc_info=error)
-            error = SpeechError("generation_failed", f"the engine failed on this request: {type(error).__name__}")
-        fail(utterance, error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory: an error class on CUDA, a message of the allocator on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        fail(utterance, as_speech_error(error))
 
 
 def _is_looping(row: DecodedRow) -> bool:

@@ -33,7 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 X86 = ("x86_64", "amd64")
 
 _BF16_CAPABILITY = (8, 0)
-"""Ampere: the first CUDA capability with bf16 and TF32 in hardware (CUDA C Programming Guide)."""
+"""Ampere: the first CUDA capability with bf16 in hardware (CUDA C Programming Guide)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class DevicePlan:
         reasons: why, one sentence per decision.
         warnings: what the user should know.
         flow_dtype: of the flow's autocast. The vocoder is float32 always.
-        allow_tf32: whether float32 products that are left beside bf16 may use TF32.
     """
 
     device: str
@@ -56,7 +55,6 @@ class DevicePlan:
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     flow_dtype: str = "float32"
-    allow_tf32: bool = False
 
     @property
     def device_type(self) -> str:
@@ -108,8 +106,6 @@ def choose(probe: Probe, device: str = "auto", dtype: str = "auto", num_threads:
         reasons=(place.reason, t3.reason, flow.reason, threads_reason),
         warnings=tuple(choice.warning for choice in (place, t3) if choice.warning),
         flow_dtype=flow.value,
-        # Whoever asks for float32 on such a card asks for its digits; beside bf16 TF32 is the more exact of the two.
-        allow_tf32=place.value.startswith("cuda") and t3.value == "bfloat16" and _has_bf16(probe, place.value),
     )
 
 
@@ -291,8 +287,11 @@ def resolve(
 def apply(plan: DevicePlan) -> None:
     """Set what torch keeps per process. Called once, before the weights load."""
     torch.set_num_threads(plan.num_threads)
-    torch.backends.cuda.matmul.allow_tf32 = plan.allow_tf32
-    torch.backends.cudnn.allow_tf32 = plan.allow_tf32
+    # TF32 is audible in the vocoder's F0 predictor as a wavering pitch, conditioning must equal upstream's, and what
+    # is large runs in bf16. The flags belong to the process: switching them while several threads speak would make a
+    # voice depend on what runs beside it.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     # Every utterance has its own length: autotuning would run anew for each, and may pick another algorithm for
     # the same request. Deterministic algorithms keep a seed's audio the same bit for bit.
     torch.backends.cudnn.benchmark = False
@@ -301,18 +300,9 @@ def apply(plan: DevicePlan) -> None:
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Run what is inside in plain float32: no TF32, no autocast.
-
-    For the vocoder (TF32 in the F0 predictor is audible as a wavering pitch) and for conditioning. The TF32 flags
-    belong to the process: enter this on the thread that owns the device only.
-    """
-    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+    """Run what is inside in plain float32, whatever autocast surrounds it: the vocoder, and conditioning."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def autocast(plan: DevicePlan) -> AbstractContextManager[Any]:

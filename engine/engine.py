@@ -11,7 +11,6 @@ and the finish joins and marks its audio (a small pool again, beside the decodin
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from engine.device import DevicePlan
 from engine.errors import SpeechError
 from engine.hub import Progress
 from engine.intake import Intake
+from engine.machine import available_memory
 from engine.models import ModelSpec, get_model
 from engine.s3gen.renderer import Renderer, load_renderer
 from engine.t3.backbone import KVCache
@@ -49,7 +49,7 @@ from engine.types import (
     SpeechRequest,
     VoicePrompt,
 )
-from engine.utterance import Utterance, fail, rounded, succeed
+from engine.utterance import Utterance, as_speech_error, fail, rounded, succeed
 from engine.voices import ConditionalsCache, PreparedVoices
 
 MAX_TEXT_POSITIONS = 640
@@ -191,7 +191,11 @@ class Engine:
         if self._is_closed:
             raise SpeechError("cancelled", "the engine is closed")
         self._count_in(future)
-        self._intake_pool.submit(self._take_in, request, future)
+        try:
+            self._intake_pool.submit(self._take_in, request, future)
+        except RuntimeError:  # closed since we looked
+            future.cancel()
+            raise SpeechError("cancelled", "the engine is closed") from None
         return future
 
     def _count_in(self, future: Future[Speech]) -> None:
@@ -207,7 +211,7 @@ class Engine:
             self._core.submit(self._intake.accept(request, future))
         except BaseException as error:
             if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+                future.set_exception(as_speech_error(error))
 
     def speak(self, request: SpeechRequest) -> Speech:
         """Speak and wait.
@@ -234,7 +238,7 @@ class Engine:
         try:
             succeed(utterance, self._make_speech(utterance))
         except BaseException as error:
-            fail(utterance, error)
+            fail(utterance, as_speech_error(error))
 
     def _make_speech(self, utterance: Utterance) -> Speech:
         started = time.perf_counter()
@@ -354,10 +358,8 @@ def choose_rows(plan: DevicePlan, bytes_per_chunk: int) -> int:
     """Chunks decoded at once, from the memory that is free now."""
     if plan.device_type == "cuda":
         free = torch.cuda.mem_get_info(plan.torch_device)[0]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        free = CPU_MEMORY_BYTES
+        free = available_memory() or CPU_MEMORY_BYTES
     return max(1, min(MAX_ROWS[plan.device_type], int(free * CACHE_SHARE) // bytes_per_chunk))
 
 

@@ -121,6 +121,22 @@ def _probe_other() -> dict[str, Any]:
     return {"num_cores": max(1, (os.cpu_count() or 2) // 2)}  # hyper-threads are counted there
 
 
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be had without swapping, within the container's limit; None where nobody says.
+
+    The kernel's own estimate, which counts the page cache as available: right after weights were mapped,
+    little memory is free and most of it is.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    if found is None:
+        return None
+    available = int(found[1]) * 1024
+    limit, used = (_read(root / "sys/fs/cgroup" / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        available = min(available, max(0, int(limit) - int(used)))
+    return available
+
+
 def _sysctl(name: str) -> int | None:
     found = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False).stdout.strip()
     return int(found) if found.isdigit() else None

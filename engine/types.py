@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,15 +63,19 @@ class VoicePrompt:
                 f"expected float mono audio of shape (T,), got {audio.dtype} {audio.shape}",
                 "audio",
             )
-        if not np.isfinite(audio).all():
+        with np.errstate(over="ignore"):
+            frozen = _frozen(audio, np.float32)
+        if not np.isfinite(frozen).all():
             raise SpeechError("reference_unreadable", "the audio holds NaN or infinity", "audio")
-        if not 4_000 <= self.sample_rate <= 384_000:
+        is_integer = isinstance(self.sample_rate, int | np.integer) and not isinstance(self.sample_rate, bool)
+        if not is_integer or not 4_000 <= self.sample_rate <= 384_000:
             raise SpeechError(
                 "reference_unreadable",
-                f"expected a sample rate from 4000 to 384000 Hz, got {self.sample_rate}",
+                f"expected a sample rate from 4000 to 384000 Hz, got {self.sample_rate!r}",
                 "sample_rate",
             )
-        object.__setattr__(self, "audio", _frozen(audio, np.float32))
+        object.__setattr__(self, "audio", frozen)
+        object.__setattr__(self, "sample_rate", int(self.sample_rate))
 
     @property
     def duration_s(self) -> float:
@@ -126,7 +129,9 @@ class Conditionals:
         from safetensors.numpy import save
 
         arrays = {name: np.asarray(getattr(self, name)) for name in _CONDITIONAL_ARRAYS}
-        return save(arrays, metadata={"format": "conditionals/1", "key": self.key, "model_key": self.model_key})
+        # One entry: safetensors writes several in an order of its own, and equal voices should be equal bytes.
+        about = {"format": "conditionals/1", "key": self.key, "model_key": self.model_key}
+        return save(arrays, metadata={"about": json.dumps(about, sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Conditionals:
@@ -140,10 +145,10 @@ class Conditionals:
 
         try:
             header_length = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + header_length])["__metadata__"]
-            if metadata["format"] != "conditionals/1":
-                raise ValueError(f"unknown conditionals format {metadata['format']!r}")
-            return cls(key=metadata["key"], model_key=metadata["model_key"], **load(data))
+            about = json.loads(json.loads(data[8 : 8 + header_length])["__metadata__"]["about"])
+            if about["format"] != "conditionals/1":
+                raise ValueError(f"unknown conditionals format {about['format']!r}")
+            return cls(key=about["key"], model_key=about["model_key"], **load(data))
         except (SafetensorError, KeyError, TypeError, UnicodeDecodeError, AssertionError) as error:
             raise ValueError(f"damaged conditionals: {error}") from error
 
@@ -177,6 +182,9 @@ class Segment:
 
     def __post_init__(self) -> None:
         _check_text(self.text)
+        _check_voice(self.voice)
+        if self.language is not None:
+            _check_language(self.language)
         if self.pause_after_s is not None:
             _check_number("pause_after_s", self.pause_after_s, 0.0, 60.0)
 
@@ -238,7 +246,11 @@ class SpeechRequest:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", tuple(self.segments))
+        object.__setattr__(self, "segments", tuple(self.segments or ()))
+        if not all(isinstance(segment, Segment) for segment in self.segments):
+            raise SpeechError("invalid_request", "expected segments to be a sequence of Segment", "segments")
+        _check_voice(self.voice)
+        _check_language(self.language)
         if (self.text is None) == (not self.segments):
             raise SpeechError("invalid_request", "expected exactly one of text and segments", "text")
         if self.text is not None:
@@ -268,12 +280,24 @@ def _check_text(text: object) -> None:
         raise SpeechError("text_empty", "the text holds nothing that can be spoken", "text")
 
 
+def _check_voice(voice: object) -> None:
+    if voice is not None and not isinstance(voice, VoicePrompt | Conditionals):
+        raise SpeechError(
+            "invalid_request", f"expected a VoicePrompt or Conditionals, got {type(voice).__name__}", "voice"
+        )
+
+
+def _check_language(language: object) -> None:
+    if not isinstance(language, str):
+        raise SpeechError("invalid_request", f"expected a language code, got {type(language).__name__}", "language")
+
+
 def _check_number(name: str, value: object, low: float, high: float, *, integer: bool = False) -> None:
     expected = f"expected {'an integer' if integer else 'a number'} from {low:g} to {high:g}"
     kinds = (int,) if integer else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise SpeechError("invalid_request", f"{name}: {expected}, got {value!r}", name)
-    if not math.isfinite(value) or not low <= value <= high:
+    if value != value or not low <= value <= high:  # NaN is not itself; integers may be beyond float's range
         raise SpeechError("invalid_request", f"{name}: {expected}, got {value!r}", name)
 
 
@@ -380,7 +404,20 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.model_dir is not None:
+            if not isinstance(self.model_dir, str | Path):
+                raise SpeechError("invalid_request", f"model_dir: expected a path, got {self.model_dir!r}", "model_dir")
             object.__setattr__(self, "model_dir", Path(self.model_dir))
+        for name in ("model", "device", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise SpeechError("invalid_request", f"{name}: expected text, got {getattr(self, name)!r}", name)
+        for name in ("watermark", "use_graphs", "allow_download"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpeechError(
+                    "invalid_request", f"{name}: expected True or False, got {getattr(self, name)!r}", name
+                )
+        if self.num_threads is not None:
+            _check_number("num_threads", self.num_threads, 1, 1024, integer=True)
+        _check_number("max_queued", self.max_queued, 1, 10_000_000, integer=True)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise SpeechError(
                 "invalid_request", f"expected dtype auto, float32, bfloat16 or float16, got {self.dtype!r}", "dtype"

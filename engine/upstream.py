@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import threading
 import types
 import warnings
 from typing import Any
@@ -39,11 +40,18 @@ def _use_pure_python_torchaudio() -> None:
     sys.modules["torchaudio._extension"] = extension
 
 
+_IMPORTING = threading.Lock()
+"""The warning filters belong to the process: two threads must not put them aside at the same time."""
+
+
 def _import(name: str) -> Any:
-    _use_pure_python_torchaudio()
-    with warnings.catch_warnings():  # deprecations inside the packages are not ours to print
-        warnings.simplefilter("ignore")
-        return importlib.import_module(name)
+    with _IMPORTING:
+        if name in sys.modules:
+            return sys.modules[name]
+        _use_pure_python_torchaudio()
+        with warnings.catch_warnings():  # deprecations inside the packages are not ours to print
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
 
 
 def chatterbox(module: str = "") -> Any:

@@ -5,19 +5,24 @@ Made by the front end (text planned, voices resolved), then owned by the engine'
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine import guard, noise
+from engine.errors import SpeechError
 from engine.models import SILENCE_TOKEN, SPEECH_VOCAB_SIZE, START_SPEECH_TOKEN, ModelSpec
 from engine.t3.decoder import DecodedRow
 from engine.t3.sampling import SamplingSettings
 from engine.types import Conditionals, IntArray, Speech
+
+_log = logging.getLogger(__name__)
 
 NUM_CLOSING_SILENCES = 3
 """Silence tokens that upstream appends for Turbo and Nano before S3Gen."""
@@ -169,6 +174,21 @@ def chunk_seeds(seed: int, texts: Sequence[str]) -> list[int]:
         occurrence = seen[text] = seen.get(text, -1) + 1
         seeds.append(noise.derive_seed(seed, "chunk", text, occurrence))
     return seeds
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory: an error class on CUDA, a message of the allocator on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def as_speech_error(error: BaseException) -> SpeechError:
+    """The error that a caller sees; what is not one of ours is logged here, in full."""
+    if isinstance(error, SpeechError):
+        return error
+    if is_out_of_memory(error):
+        return SpeechError("out_of_memory", "the request does not fit in the device's memory")
+    _log.error("a request failed inside the engine", exc_info=error)
+    return SpeechError("generation_failed", f"the engine failed on this request: {type(error).__name__}")
 
 
 def fail(utterance: Utterance, error: BaseException) -> None:

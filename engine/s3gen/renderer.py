@@ -77,6 +77,9 @@ class Renderer:
         max_frames: int,
     ) -> None:
         self.flow, self.vocoder = flow, vocoder
+        device = flow.speaker.weight.device
+        # A stream of its own: on a GPU the renderer runs beside decoding, not between its steps.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._autocast, self._exact = autocast, exact
         self.max_frames = max_frames
 
@@ -87,6 +90,15 @@ class Renderer:
         Returns:
             Per pass float32 (samples,) on the device, 960 samples per token.
         """
+        if self._stream is None:
+            return self._render(passes)
+        self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))  # for the voices' tensors
+        with torch.cuda.stream(self._stream):
+            waveforms = self._render(passes)
+        self._stream.synchronize()  # whoever takes the audio may be on any stream
+        return waveforms
+
+    def _render(self, passes: Sequence[Pass]) -> list[Tensor]:
         waveforms: dict[int, Tensor] = {}
         for group in group_by_length([p.num_frames for p in passes], self.max_frames):
             mels = self._make_mels([passes[i] for i in group])

@@ -47,7 +47,8 @@ class StepGraphs:
                 self._run(num_rows, length, num_candidates)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only this thread's calls are part of the capture: the renderer goes on beside it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._run(num_rows, length, num_candidates)
         self._state.restore(snapshot)
         return graph

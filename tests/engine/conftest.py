@@ -9,14 +9,24 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
 from engine.random_checkpoint import PlantedSpeech, UpstreamModels, load_upstream, write_checkpoint
 
+if TYPE_CHECKING:
+    from engine.t3.model import T3
+
 Checkpoint = Callable[[str], Path]
 PlantedCheckpoint = Callable[[str, PlantedSpeech], Path]
 Upstream = Callable[[str], UpstreamModels]
+
+
+class LoadT3(Protocol):
+    """What `tiny_t3` gives."""
+
+    def __call__(self, model: str, plan: PlantedSpeech | None = None) -> T3: ...
 
 
 @pytest.fixture(scope="session")
@@ -56,5 +66,29 @@ def tiny_upstream(tiny_checkpoint: Checkpoint) -> Upstream:
     @functools.cache
     def load(model: str) -> UpstreamModels:
         return load_upstream(tiny_checkpoint(model), model)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_t3(checkpoint_root: Path) -> LoadT3:
+    """(model name, plan) → our T3 of tiny random or planted weights, from a folder that holds nothing else."""
+
+    @functools.cache
+    def load(model: str, plan: PlantedSpeech | None = None) -> T3:
+        from safetensors.torch import save_file
+
+        from engine.models import get_model
+        from engine.random_checkpoint import build_upstream_t3
+        from engine.random_checkpoint.planted import plant
+        from engine.random_checkpoint.values import random_state
+        from tests.engine.support import load_our_t3
+
+        state = random_state(build_upstream_t3(model, device="meta"), seed=0)
+        if plan is not None:
+            plant(state, plan, seed=0)
+        folder = Path(tempfile.mkdtemp(prefix=f"{model}-t3-", dir=checkpoint_root))
+        save_file(state, folder / get_model(model).t3_file)
+        return load_our_t3(folder, model)
 
     return load

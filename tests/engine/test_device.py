@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -49,19 +48,19 @@ def code_and_field(probed: Probe, *args: object, **kwargs: object) -> tuple[str,
 @pytest.mark.parametrize("gpu", [AMPERE, BLACKWELL, CudaDevice("NVIDIA L4", (8, 9), 24 << 30)])
 def test_a_modern_gpu_is_taken_with_bf16_and_no_measurement(gpu: CudaDevice) -> None:
     plan = choose(with_gpu(gpu))
-    assert (plan.device, plan.dtype, plan.flow_dtype, plan.allow_tf32) == ("cuda:0", "bfloat16", "bfloat16", True)
+    assert (plan.device, plan.dtype, plan.flow_dtype) == ("cuda:0", "bfloat16", "bfloat16")
     assert not plan.warnings
     assert any(gpu.name in reason for reason in plan.reasons)
 
 
 def test_float32_asked_for_on_a_modern_gpu_is_exact() -> None:
     plan = choose(with_gpu(AMPERE), dtype="float32")
-    assert (plan.device, plan.dtype, plan.flow_dtype, plan.allow_tf32) == ("cuda:0", "float32", "float32", False)
+    assert (plan.device, plan.dtype, plan.flow_dtype) == ("cuda:0", "float32", "float32")
 
 
 def test_an_old_gpu_that_torch_has_kernels_for_speaks_in_float32() -> None:
     plan = choose(with_gpu(PASCAL, ("sm_60", "sm_70")))
-    assert (plan.device, plan.dtype, plan.allow_tf32, plan.warnings) == ("cuda:0", "float32", False, ())
+    assert (plan.device, plan.dtype, plan.warnings) == ("cuda:0", "float32", ())
 
 
 def test_bf16_asked_for_on_an_old_gpu_is_done_with_a_warning() -> None:
@@ -101,7 +100,7 @@ def test_a_server_cpu_takes_bf16_where_it_was_measured_faster_and_only_there() -
 @pytest.mark.parametrize("gain", [None, 0.3, 1.05])
 def test_a_server_cpu_stays_with_float32_where_bf16_was_not_measured_clearly_faster(gain: float | None) -> None:
     plan = choose(dataclasses.replace(SERVER, bf16_gain=gain, bf16_flow_gain=gain))
-    assert (plan.dtype, plan.flow_dtype, plan.allow_tf32) == ("float32", "float32", False)
+    assert (plan.dtype, plan.flow_dtype) == ("float32", "float32")
 
 
 def test_a_dtype_that_was_asked_for_is_given_whatever_was_measured() -> None:
@@ -182,18 +181,12 @@ def torch_settings():
 
 
 @pytest.mark.usefixtures("torch_settings")
-def test_applying_a_plan_sets_threads_and_tf32_and_exact_float32_suspends_tf32_even_on_errors() -> None:
-    flags = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)  # noqa: E731
-    apply(DevicePlan("cuda:0", "bfloat16", 1, allow_tf32=True))
-    assert torch.get_num_threads() == 1
-    assert flags() == (True, True)
-    with contextlib.suppress(ValueError), exact_float32():
-        assert flags() == (False, False)
-        raise ValueError("inside")
-    assert flags() == (True, True)
-    apply(DevicePlan("cpu", "float32", 2))
+def test_applying_a_plan_sets_threads_and_turns_tf32_off_for_good() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    apply(DevicePlan("cuda:0", "bfloat16", 2))
     assert torch.get_num_threads() == 2
-    assert flags() == (False, False)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_autocast_follows_the_flow_dtype_and_exact_float32_switches_it_off() -> None:

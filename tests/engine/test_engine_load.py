@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, Speech, SpeechError, SpeechRequest, VoicePrompt
+from engine.core import Core
 from engine.engine import Engine as LoadedEngine
 from engine.random_checkpoint import PlantedSpeech
+from engine.s3gen.renderer import Pass, Renderer
 from engine.t3.decoder import Decoder
 from tests.engine.conftest import Checkpoint, PlantedCheckpoint
 
@@ -172,3 +175,25 @@ def test_a_long_job_and_a_crowd_of_short_ones_both_get_on(planted_checkpoint: Pl
             future.result()
         assert not long.done()
         assert len(long.result().chunks) > 8
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_renderer_that_misbehaves_fails_its_requests_and_not_the_engine(
+    beside: bool, planted_checkpoint: PlantedCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = functools.partial(Core, render_beside=beside)
+    monkeypatch.setattr("engine.engine.Core", lambda *args, render_beside: core(*args))
+    with load(planted_checkpoint("turbo", PLAN)) as engine:
+        for wrong in ([], [None], RuntimeError("a kernel failed")):
+
+            def render(self: Renderer, passes: list[Pass], wrong: Any = wrong) -> Any:
+                if isinstance(wrong, Exception):
+                    raise wrong
+                return wrong
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Renderer, "render", render)
+                with pytest.raises(SpeechError) as caught:
+                    engine.submit(SpeechRequest(text="Hello.")).result(timeout=60)
+            assert caught.value.code == "generation_failed"
+        assert engine.submit(SpeechRequest(text="Hello.")).result(timeout=60).duration_s >= 1
