@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
-from engine.random_checkpoint import PlantedSpeech, UpstreamModels, load_upstream, write_checkpoint
+from engine.random_checkpoint import PlantedSpeech, Size, UpstreamModels, load_upstream, write_checkpoint
 
 if TYPE_CHECKING:
     from engine.t3.model import T3
@@ -37,12 +37,19 @@ def checkpoint_root() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(checkpoint_root: Path) -> Checkpoint:
+def size(pytestconfig: pytest.Config) -> Size:
+    """Of the random checkpoints: tiny, or `--size full` for a comparison with upstream by hand."""
+    wanted: Size = pytestconfig.getoption("--size")
+    return wanted
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(checkpoint_root: Path, size: Size) -> Checkpoint:
     """model name → folder with a tiny random checkpoint of it."""
 
     @functools.cache
     def write(model: str) -> Path:
-        return write_checkpoint(checkpoint_root / model, model)
+        return write_checkpoint(checkpoint_root / model, model, size=size)
 
     return write
 
@@ -60,12 +67,12 @@ def planted_checkpoint(checkpoint_root: Path) -> PlantedCheckpoint:
 
 
 @pytest.fixture(scope="session")
-def tiny_upstream(tiny_checkpoint: Checkpoint) -> Upstream:
+def tiny_upstream(tiny_checkpoint: Checkpoint, size: Size) -> Upstream:
     """model name → upstream's own modules with the weights of that model's `tiny_checkpoint`."""
 
     @functools.cache
     def load(model: str) -> UpstreamModels:
-        return load_upstream(tiny_checkpoint(model), model)
+        return load_upstream(tiny_checkpoint(model), model, size)
 
     return load
 
