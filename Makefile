@@ -1,5 +1,6 @@
 # make run    set up, then speak test_input.json (MODEL=nano, turbo, ... for real weights; default: the draft voice)
 # make test   set up, then run the tests (ARGS="-k schema" is passed to pytest)
+# make bench  set up, then measure against upstream's code (MODEL=turbo, ROW=all; ARGS="--repeats 1" is passed on)
 # make lint   make types   make format   make hooks   make languages   make clean
 #
 # Set-up happens once, into .venv, and again when a requirement file changes. It needs Python 3.11 or later
@@ -41,7 +42,7 @@ ifdef MODEL
 export MODEL
 endif
 
-.PHONY: run test setup lint format types hooks languages clean
+.PHONY: run test bench setup lint format types hooks languages clean
 .DEFAULT_GOAL := run
 
 run: $(RUN_STAMP)
@@ -49,6 +50,12 @@ run: $(RUN_STAMP)
 
 test: $(DEV_STAMP)
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# Full-size random weights, written once to .cache (several gigabytes); the figures go to docs/benchmarks.
+bench: BENCH_FILE := docs/benchmarks/$(or $(MODEL),turbo)-$(PLATFORM)
+bench: $(DEV_STAMP)
+	$(PY) scripts/benchmark.py $(or $(ROW),all) --model $(or $(MODEL),turbo) --against upstream \
+		--json $(BENCH_FILE)$(if $(ROW),-$(ROW)).json $(if $(ROW),,--plot $(BENCH_FILE).png) $(ARGS)
 
 setup: $(DEV_STAMP)
 	@echo "$(VENV) is ready."
