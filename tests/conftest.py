@@ -11,6 +11,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--size", choices=("tiny", "full"), default="tiny", help="of random checkpoints, for parity tests")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none; torch is imported only if such a test was collected."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -268,7 +268,7 @@ def test_a_file_without_the_speaker_encoder_is_named(tiny_checkpoint: Checkpoint
     assert caught.value.code == "weights_missing"
 
 
-@pytest.mark.parametrize("model", ["original", "multilingual", "turbo"])
+@pytest.mark.parametrize("model", ["original", "multilingual", "turbo", "nano"])
 def test_the_built_in_voice_is_upstreams(model: str, tiny_checkpoint: Checkpoint, tiny_upstream: Upstream) -> None:
     ours = builtin_conditionals(tiny_checkpoint(model), get_model(model), "print")
     assert ours is not None

@@ -94,6 +94,7 @@ def upstream_mel(upstream: UpstreamModels, request: FlowRequest, patch: pytest.M
             for case in [(50, 40, False), (21, 33, True), (3, 1, False), (8, 70, True)]
         ),
         ("multilingual", 21, 33, True),
+        ("nano", 21, 33, True),
     ],
 )
 @torch.inference_mode()
@@ -307,7 +308,7 @@ def test_the_same_pass_gives_the_same_waveform_bit_for_bit_and_another_seed_anot
     assert not torch.equal(ours.render([dataclasses.replace(one, seed=1)])[0], first)
 
 
-@FAMILIES
+@pytest.mark.parametrize("model", ["turbo", "nano", "original", "multilingual"])
 def test_a_rendered_pass_is_upstreams_utterance_given_the_same_noise_and_source(
     model: str, renderer: LoadRenderer, tiny_upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

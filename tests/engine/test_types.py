@@ -13,7 +13,8 @@ TONE = np.sin(np.arange(48_000) / 20).astype(np.float32)
 
 
 def conditionals() -> Conditionals:
-    return Conditionals("key", "model", np.ones(256), np.arange(9), np.arange(8), np.ones((16, 80)), np.ones(192))
+    arrays: list[Any] = [np.ones(256), np.arange(9), np.arange(8), np.ones((16, 80)), np.ones(192)]
+    return Conditionals("key", "model", *arrays)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,8 @@ def test_a_prompt_that_is_not_mono_audio_at_a_rate_is_refused(audio: Any, rate: 
 
 def test_a_prompts_key_is_its_content_and_its_audio_is_a_private_copy() -> None:
     audio = TONE.copy()
-    first = VoicePrompt(audio, np.int64(24_000))
+    rate: Any = np.int64(24_000)
+    first = VoicePrompt(audio, rate)
     assert first.key == VoicePrompt(TONE.astype(np.float64), 24_000).key
     audio[0] = 0.5
     assert first.key == VoicePrompt(TONE, 24_000).key != VoicePrompt(audio, 24_000).key
