@@ -2,8 +2,8 @@
 
 Upstream's `ConditionalDecoder` (a causal U-Net whose single level keeps the length) without its masks
 where nothing is padded, without the host sync in each block, and with query, key and value in one
-product. Activations are (rows, frames, channels) throughout: the convolutions are three frames wide
-and run as one product over shifted frames, so nothing is transposed between blocks.
+product. Activations are (rows, frames, channels). Padding lies on the right, where the convolutions
+never look: only attention needs a mask.
 """
 
 from __future__ import annotations
@@ -62,11 +62,10 @@ class ResnetBlock(nn.Module):
         self.block2 = Block(out_width, out_width)
         self.shortcut = nn.Linear(in_width, out_width)
 
-    def forward(self, x: Tensor, time: Tensor, real: Tensor | None) -> Tensor:
-        """`time`: (1 or rows, time width) after Mish. Padding is zeroed before each convolution reads it."""
-        x = _zero_padding(x, real)
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """`time`: (1 or rows, time width) after Mish."""
         y = self.block1(x) + self.time(time)[:, None]
-        return self.block2(_zero_padding(y, real)) + self.shortcut(x)
+        return self.block2(y) + self.shortcut(x)
 
 
 class TransformerBlock(nn.Module):
@@ -97,15 +96,11 @@ class Stage(nn.Module):
         self.resnet = ResnetBlock(in_width, width, time_width)
         self.blocks = nn.ModuleList(TransformerBlock(width) for _ in range(num_blocks))
 
-    def forward(self, x: Tensor, time: Tensor, real: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = self.resnet(x, time, real)
+    def forward(self, x: Tensor, time: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.resnet(x, time)
         for block in self.blocks:
             x = block(x, mask)
         return x
-
-
-def _zero_padding(x: Tensor, real: Tensor | None) -> Tensor:
-    return x if real is None else x * real
 
 
 class Estimator(nn.Module):
@@ -154,12 +149,10 @@ class Estimator(nn.Module):
         Returns:
             (rows, frames, 80); padding holds numbers that mean nothing.
         """
-        real = None if is_real is None else is_real[..., None].to(x.dtype)
         mask = None if is_real is None else is_real[:, None, None]
-        skip = self.down(torch.cat((x, context), dim=-1), time, real, mask)
-        y = self.down_conv(_zero_padding(skip, real))
+        skip = self.down(torch.cat((x, context), dim=-1), time, mask)
+        y = self.down_conv(skip)
         for stage in self.mid:
-            y = stage(y, time, real, mask)
-        y = self.up(torch.cat((y, skip), dim=-1), time, real, mask)
-        y = self.up_conv(_zero_padding(y, real))
-        return self.out(self.final(_zero_padding(y, real)))
+            y = stage(y, time, mask)
+        y = self.up(torch.cat((y, skip), dim=-1), time, mask)
+        return self.out(self.final(self.up_conv(y)))

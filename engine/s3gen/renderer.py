@@ -88,7 +88,8 @@ class Renderer:
         """Speak.
 
         Returns:
-            Per pass float32 (samples,) on the device, 960 samples per token.
+            Per pass float32 (samples,) on the device: 960 per token, 480 less when the prompt has an odd number of
+            mel frames.
         """
         if self._stream is None:
             return self._render(passes)
