@@ -13,7 +13,7 @@ import torch
 from engine import Engine, EngineConfig, SpeechRequest, VoicePrompt
 from engine.models import get_model
 from engine.random_checkpoint import PlantedSpeech
-from engine.t3.decoder import DecodeRequest, Decoder
+from engine.t3.decoder import Decoder, DecodeRequest
 from engine.t3.model import load_t3
 from engine.t3.sampling import SamplingSettings
 from tests.engine.conftest import Checkpoint, PlantedCheckpoint
@@ -97,4 +97,4 @@ def test_the_gpu_speaks_as_the_cpu_does_in_float32(tiny_checkpoint: Checkpoint) 
         config = EngineConfig(model="turbo", model_dir=tiny_checkpoint("turbo"), device=device, dtype="float32")
         with Engine.load(config) as loaded:
             waveforms.append(loaded.speak(request(1, top_k=1, max_new_tokens=8)).waveform)
-    np.testing.assert_allclose(*waveforms, atol=1e-2)
+    np.testing.assert_allclose(waveforms[0], waveforms[1], atol=1e-2)
