@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from engine.errors import SpeechError
 from engine.machine import Probe, probe
+from engine.packed import X86
 
 MIN_BF16_GAIN = 1.1
 """How much faster bf16 must be measured before it is worth its lost digits; below lies timing noise."""
@@ -30,7 +31,6 @@ FLOW_ROWS = 256
 """Rows at which bf16 is measured for the flow, which multiplies whole mel sequences."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-X86 = ("x86_64", "amd64")
 
 _BF16_CAPABILITY = (8, 0)
 """Ampere: the first CUDA capability with bf16 in hardware (CUDA C Programming Guide)."""

@@ -168,7 +168,7 @@ class Engine:
     ) -> Engine:
         """Load on the CPU, move, and speak a word: what errs or gives NaN there goes back to the CPU."""
         on_cpu = dataclasses.replace(plan, device="cpu")
-        models = _load_models(checkpoint, on_cpu)
+        models = _load_models(checkpoint, on_cpu, pack=False)
         models.to(plan.torch_device)
         trial = cls(config.replace(watermark=False), checkpoint, plan, models, None)
         with trial:
@@ -339,7 +339,7 @@ class _LazyConditioner:
         return self._conditioner.embed(prompt)
 
 
-def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:
+def _load_models(checkpoint: Checkpoint, plan: DevicePlan, *, pack: bool = True) -> _Models:
     spec: ModelSpec = checkpoint.spec
     flow_dtype = torch.bfloat16 if plan.flow_dtype == "bfloat16" else torch.float32
     renderer = load_renderer(
@@ -350,8 +350,10 @@ def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:
         autocast=lambda: devices.autocast(plan),
         exact=devices.exact_float32,
         max_frames=60_000 if plan.device_type == "cuda" else 1,
+        pack=pack,
     )
-    return _Models(load_t3(checkpoint.path(spec.t3_file), plan.torch_device, plan.torch_dtype), renderer)
+    t3 = load_t3(checkpoint.path(spec.t3_file), plan.torch_device, plan.torch_dtype, pack=pack)
+    return _Models(t3, renderer)
 
 
 def choose_rows(plan: DevicePlan, bytes_per_chunk: int) -> int:

@@ -1,22 +1,48 @@
-"""Matrices in float16 for decoding on an x86 CPU.
+"""Matrices laid out for an x86 CPU.
 
-Decoding a few rows is bound by reading the weights. FBGEMM's kernels, which torch brings for dynamic
-quantisation, keep them in half the bytes and multiply in float32, several rows in one sweep; of bfloat16
-and float16, float16 has eight times the precision at the same size, and weights lie well inside its range.
+`torch.nn.functional.linear` hands float32 products to a general BLAS, which is at its best with large
+square ones. oneDNN, which torch brings along, lays a weight out once for its kernels and then multiplies
+a handful of rows (decoding), or some hundreds (prefill, the flow), 1.5 to 2 times as fast, in the same
+float32. Laying out costs about as much as reading the weights.
 
-Packing is slow (some 60 ns of CPU time per weight, seconds for a model), so this is chosen by a setting and
+Decoding a few rows is bound by reading the weights, so half the bytes are up to half the time: FBGEMM,
+also in torch, keeps them in float16 and multiplies in float32. Of bfloat16 and float16, float16 has eight
+times the precision at the same size, and weights lie well inside its range. But its packing is slow
+(some 60 ns of CPU time per weight, seconds for a model), so that is chosen by a setting (DTYPE=float16) and
 never by itself: it pays in a process that goes on to speak minutes.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import platform
+import threading
+from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+X86 = ("x86_64", "amd64")
+
 
 class PackedLinear(nn.Module):
+    """A projection in oneDNN's layout, float32 throughout.
+
+    Args:
+        layer: whose weight and bias are laid out; it is not kept.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.out_features = layer.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "none", [], "")
+
+
+class HalfLinear(nn.Module):
     """A projection with float16 weights in FBGEMM's layout, float32 in and out.
 
     Args:
@@ -32,19 +58,31 @@ class PackedLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-def pack_linears(module: nn.Module, num_threads: int) -> None:
+def can_pack() -> bool:
+    """Whether this machine and this build of torch have oneDNN's layouts."""
+    is_x86 = platform.machine().lower() in X86
+    return is_x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def pack_linears(module: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Replace every `nn.Linear` inside a module, a few at a time, so that little stands in memory twice."""
-    places = [
-        (parent, name, child)
+    places = deque(
+        (parent, name)
         for parent in module.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.Linear)
-    ]
-    with ThreadPoolExecutor(num_threads) as pool:  # packing is single-threaded, and leaves the interpreter free
+    )
 
-        def pack(place: tuple[nn.Module, str, nn.Linear]) -> None:
-            parent, name, linear = place
-            setattr(parent, name, PackedLinear(linear))
+    def replace_some() -> None:
+        while True:
+            try:
+                parent, name = places.popleft()
+            except IndexError:
+                return
+            setattr(parent, name, make(getattr(parent, name)))
 
-        for _ in pool.map(pack, places):
-            pass
+    workers = [threading.Thread(target=replace_some) for _ in range(torch.get_num_threads())]
+    for worker in workers:  # packing is single-threaded, and leaves the interpreter free
+        worker.start()
+    for worker in workers:
+        worker.join()

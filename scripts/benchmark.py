@@ -30,7 +30,7 @@ from scripts.benchmarks.rows import Row, measure  # noqa: E402
 
 TABLE_WIDTH = 160
 """Where there is no terminal to ask."""
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 WITH_PLOT = (Row.T3, Row.THROUGHPUT, Row.ALL)
 
 
@@ -74,7 +74,7 @@ def main(
     ),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; of both sides.")] = "auto",
     dtypes: Annotated[
-        str, typer.Option("--dtype", "--dtypes", metavar="LIST", help="Ours: auto, float32, bfloat16.")
+        str, typer.Option("--dtype", "--dtypes", metavar="LIST", help="Ours: auto, float32, bfloat16, float16.")
     ] = "auto",
     rows: Annotated[str, typer.Option(metavar="LIST", help="Chunks decoded at once, such as 1,8.")] = "",
     threads: Annotated[str, typer.Option(metavar="LIST", help="CPU threads, such as 1,2.")] = "",

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine import noise
 from engine.keymap import load_keys, matrix_dtype, shapes_of
 from engine.models import ModelSpec
+from engine.packed import PackedLinear, can_pack, pack_linears
 from engine.s3gen.flow import FRAMES_PER_TOKEN, Flow, FlowRequest, FlowVoice
 from engine.s3gen.keys import build_flow, build_vocoder, flow_keys, vocoder_keys
 from engine.s3gen.vocoder import SourceNoise, Vocoder
@@ -77,7 +78,7 @@ class Renderer:
         max_frames: int,
     ) -> None:
         self.flow, self.vocoder = flow, vocoder
-        device = flow.speaker.weight.device
+        device = flow.token_embedding.weight.device
         # A stream of its own: on a GPU the renderer runs beside decoding, not between its steps.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._autocast, self._exact = autocast, exact
@@ -157,11 +158,13 @@ def load_renderer(
     autocast: Callable[[], AbstractContextManager[object]],
     exact: Callable[[], AbstractContextManager[object]],
     max_frames: int,
+    pack: bool = True,
 ) -> Renderer:
     """Load the flow and the vocoder from upstream's S3Gen file; the conditioning parts stay unread.
 
     Args:
         dtype: of the flow's matrices; norms and the vocoder are float32.
+        pack: lay the flow's matrices out for the CPU; it then stays on it.
 
     Raises:
         SpeechError: weights_missing when the file does not fit.
@@ -173,4 +176,6 @@ def load_renderer(
         load_keys(flow, weights, flow_keys(shapes), device=device, dtype_for=matrix_dtype(flow, dtype))
         load_keys(vocoder, weights, vocoder_keys(vocoder), device=device)
     vocoder.finish_loading(device)
+    if pack and device.type == "cpu" and dtype == torch.float32 and can_pack():
+        pack_linears(flow, PackedLinear)
     return Renderer(flow, vocoder, autocast=autocast, exact=exact, max_frames=max_frames)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from engine.keymap import Key, load_keys, matrix_dtype, shapes_of
 from engine.models import START_SPEECH_TOKEN
-from engine.packed import PackedLinear, pack_linears
+from engine.packed import HalfLinear, PackedLinear, can_pack, pack_linears
 from engine.t3.backbone import Backbone, BackboneShape, backbone_keys, project
 from engine.weights import WeightFile
 
@@ -203,12 +203,13 @@ def t3_keys(shape: BackboneShape, present: Container[str]) -> Iterator[Key]:
             yield Key(ours, (theirs,))
 
 
-def load_t3(path: Path, device: torch.device, dtype: torch.dtype) -> T3:
+def load_t3(path: Path, device: torch.device, dtype: torch.dtype, *, pack: bool = True) -> T3:
     """Load T3 from upstream's file.
 
     Args:
         dtype: of the backbone, the head and the embeddings; norms and what runs once per voice stay float32.
-            float16 is for x86 CPUs, see `PackedLinear`.
+            float16 is for x86 CPUs, see `HalfLinear`.
+        pack: lay the matrices out for the CPU; the model then stays on it.
 
     Raises:
         SpeechError: weights_missing when the file does not fit.
@@ -219,12 +220,22 @@ def load_t3(path: Path, device: torch.device, dtype: torch.dtype) -> T3:
             model = T3(**read_t3_arguments(shapes))
         keys = t3_keys(model.shape, shapes)
         load_keys(model, weights, keys, device=device, dtype_for=_dtype_for(model, dtype))
-    if dtype == torch.float16:
-        assert isinstance(model.head, nn.Linear)
-        pack_linears(model.backbone, torch.get_num_threads())
-        model.head = PackedLinear(model.head)
+    if pack and device.type == "cpu":
+        _pack(model, dtype)
     model.backbone.finish_loading(device)
     return model
+
+
+def _pack(model: T3, dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        make: Callable[[nn.Linear], nn.Module] = HalfLinear
+    elif dtype == torch.float32 and can_pack():
+        make = PackedLinear
+    else:
+        return
+    pack_linears(model.backbone, make)
+    assert isinstance(model.head, nn.Linear)
+    model.head = make(model.head)
 
 
 def _dtype_for(model: T3, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
