@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -157,18 +156,24 @@ class Engine:
             progress=progress,
         )
         plan, _ = devices.resolve(config.device, config.dtype, config.num_threads, rows=2 if spec.uses_cfg else 1)
-        watermarker = Watermarker.load() if config.watermark else None
+        with ThreadPoolExecutor(1) as beside:  # perth's imports cost seconds, while the weights wait for the disk
+            marking = beside.submit(Watermarker.load) if config.watermark else None
+            models = _load_models(checkpoint, plan)
+            watermarker = marking.result() if marking else None
         if plan.device_type == "mps":
-            return cls._load_on_mps(config, checkpoint, plan, watermarker)
-        return cls(config, checkpoint, plan, _load_models(checkpoint, plan), watermarker)
+            return cls._load_on_mps(config, checkpoint, plan, models, watermarker)
+        return cls(config, checkpoint, plan, models, watermarker)
 
     @classmethod
     def _load_on_mps(
-        cls, config: EngineConfig, checkpoint: Checkpoint, plan: DevicePlan, watermarker: Watermarker | None
+        cls,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        plan: DevicePlan,
+        models: _Models,
+        watermarker: Watermarker | None,
     ) -> Engine:
-        """Load on the CPU, move, and speak a word: what errs or gives NaN there goes back to the CPU."""
-        on_cpu = dataclasses.replace(plan, device="cpu")
-        models = _load_models(checkpoint, on_cpu, pack=False)
+        """Move what was loaded on the CPU, and speak a word: what errs or gives NaN there goes back to the CPU."""
         models.to(plan.torch_device)
         trial = cls(config.replace(watermark=False), checkpoint, plan, models, None)
         with trial:
@@ -339,20 +344,23 @@ class _LazyConditioner:
         return self._conditioner.embed(prompt)
 
 
-def _load_models(checkpoint: Checkpoint, plan: DevicePlan, *, pack: bool = True) -> _Models:
+def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:
+    """Load to the plan's device; for mps to the CPU first, as plain matrices that can move on."""
+    device = torch.device("cpu") if plan.device_type == "mps" else plan.torch_device
+    pack = plan.device_type == "cpu"
     spec: ModelSpec = checkpoint.spec
     flow_dtype = torch.bfloat16 if plan.flow_dtype == "bfloat16" else torch.float32
     renderer = load_renderer(
         spec,
-        Path(checkpoint.path(spec.s3gen_file)),
-        plan.torch_device,
+        checkpoint.path(spec.s3gen_file),
+        device,
         flow_dtype,
         autocast=lambda: devices.autocast(plan),
         exact=devices.exact_float32,
         max_frames=60_000 if plan.device_type == "cuda" else 1,
         pack=pack,
     )
-    t3 = load_t3(checkpoint.path(spec.t3_file), plan.torch_device, plan.torch_dtype, pack=pack)
+    t3 = load_t3(checkpoint.path(spec.t3_file), device, plan.torch_dtype, pack=pack)
     return _Models(t3, renderer)
 
 

@@ -8,6 +8,7 @@ the file is mapped anew every few MiB: the peak stays near the size of the weigh
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from engine.errors import SpeechError
 
@@ -212,6 +214,32 @@ def _is_zip(path: Path) -> bool:
 
 def _unreadable(path: Path, why: str) -> SpeechError:
     return SpeechError("weights_missing", f"{path} cannot be read as weights: {why}", "model")
+
+
+# ---------------------------------------------------------------------------------- empty modules
+
+_INITIALISERS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_})
+
+
+class _WithoutInitialValues(TorchFunctionMode):
+    """Passes over what would fill a tensor that holds nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _INITIALISERS or getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Build modules on the meta device, to be filled by `load_module`.
+
+    torch works initialisers out in Python for the meta device, for which it imports its compiler: without them a
+    module is laid out several times faster. The mode is this thread's alone and ends with the block.
+    """
+    with torch.device("meta"), _WithoutInitialValues():
+        yield
 
 
 # ---------------------------------------------------------------------------------- filling modules

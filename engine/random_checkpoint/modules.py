@@ -47,21 +47,12 @@ def _backbone_name(spec: ModelSpec, size: Size) -> str:
 
 @contextlib.contextmanager
 def _building_on(device: str) -> Iterator[None]:
-    """Make what is built inside on `device`; on "meta" also without the initial values it could not hold.
-
-    torch works initialisers out in Python for the meta device: without them a module is laid out several
-    times faster. The mode that passes over them is this thread's alone and ends with the block.
-    """
+    """Make what is built inside on `device`; on "meta" also without the initial values it could not hold."""
     import torch
-    from torch.overrides import TorchFunctionMode
 
-    passed_over = {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_}
+    from engine.weights import without_weights
 
-    class WithoutInitialValues(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return args[0] if function in passed_over else function(*args, **(kwargs or {}))
-
-    with torch.device(device), WithoutInitialValues() if device == "meta" else contextlib.nullcontext():
+    with without_weights() if device == "meta" else torch.device(device):
         yield
 
 

@@ -23,7 +23,7 @@ from engine.s3gen.flow import FRAMES_PER_TOKEN, Flow, FlowRequest, FlowVoice
 from engine.s3gen.keys import build_flow, build_vocoder, flow_keys, vocoder_keys
 from engine.s3gen.vocoder import SourceNoise, Vocoder
 from engine.types import Conditionals, IntArray
-from engine.weights import WeightFile
+from engine.weights import WeightFile, without_weights
 
 MAX_PADDING = 0.15
 """Passes share a batch while the shortest is at most this much shorter than the longest."""
@@ -171,7 +171,7 @@ def load_renderer(
     """
     with WeightFile(path) as weights:
         shapes = shapes_of(weights)
-        with torch.device("meta"):
+        with without_weights():
             flow, vocoder = build_flow(spec, shapes), build_vocoder(shapes)
         load_keys(flow, weights, flow_keys(shapes), device=device, dtype_for=matrix_dtype(flow, dtype))
         load_keys(vocoder, weights, vocoder_keys(vocoder), device=device)

@@ -26,7 +26,7 @@ from engine.keymap import Key, load_keys, matrix_dtype, shapes_of
 from engine.models import START_SPEECH_TOKEN
 from engine.packed import HalfLinear, PackedLinear, can_pack, pack_linears
 from engine.t3.backbone import Backbone, BackboneShape, backbone_keys, project
-from engine.weights import WeightFile
+from engine.weights import WeightFile, without_weights
 
 SPEAKER_WIDTH = 256
 PERCEIVER_HEADS = 4
@@ -216,7 +216,7 @@ def load_t3(path: Path, device: torch.device, dtype: torch.dtype, *, pack: bool 
     """
     with WeightFile(path) as weights:
         shapes = shapes_of(weights)
-        with torch.device("meta"):
+        with without_weights():
             model = T3(**read_t3_arguments(shapes))
         keys = t3_keys(model.shape, shapes)
         load_keys(model, weights, keys, device=device, dtype_for=_dtype_for(model, dtype))
