@@ -45,7 +45,8 @@ class Snake(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         alpha = self.alpha[:, None]
-        return x + (1.0 / (alpha + 1e-9)) * torch.sin(x * alpha).square()
+        # In place after the first product: these are the largest tensors there are, and fresh memory is what costs.
+        return (x * alpha).sin_().square_().mul_(1.0 / (alpha + 1e-9)).add_(x)
 
 
 class ResBlock(nn.Module):
@@ -66,7 +67,7 @@ class ResBlock(nn.Module):
         for act1, conv1, act2, conv2 in zip(
             self.activations1, self.convs1, self.activations2, self.convs2, strict=True
         ):
-            x = x + conv2(act2(conv1(act1(x))))
+            x = conv2(act2(conv1(act1(x)))).add_(x)
         return x
 
 
@@ -179,12 +180,15 @@ class Vocoder(nn.Module):
         spectrum = torch.cat((spectrum.real, spectrum.imag), dim=1)  # (rows, 18, samples / 4 + 1)
         x = self.conv_in(mel)
         for i, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, LEAKY_SLOPE))
+            x = up(F.leaky_relu_(x, LEAKY_SLOPE))
             if i == len(self.ups) - 1:
                 x = F.pad(x, (1, 0), mode="reflect")
-            x = x + self.source_resblocks[i](self.source_downs[i](spectrum))
-            blocks = self.resblocks[i * len(RESBLOCK_KERNELS) : (i + 1) * len(RESBLOCK_KERNELS)]
-            x = sum(block(x) for block in blocks) / len(RESBLOCK_KERNELS)
+            x.add_(self.source_resblocks[i](self.source_downs[i](spectrum)))
+            first, *others = self.resblocks[i * len(RESBLOCK_KERNELS) : (i + 1) * len(RESBLOCK_KERNELS)]
+            total = first(x)
+            for block in others:
+                total.add_(block(x))
+            x = total.div_(len(RESBLOCK_KERNELS))
         x = self.conv_out(F.leaky_relu(x))
         magnitude = x[:, : FFT_SIZE // 2 + 1].exp().clip(max=1e2)
         phase = torch.sin(x[:, FFT_SIZE // 2 + 1 :])
