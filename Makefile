@@ -85,11 +85,11 @@ clean:
 # The last line is the check that pip cannot make: packages installed without their pins import together.
 $(RUN_STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; name one with make PYTHON=..." >&2; exit 1; }
-	@echo "Setting up $(VENV) for $(PLATFORM), once; this takes a minute or two ..."
+	@echo "Setting up $(VENV) for $(PLATFORM), once; this takes a minute or two ..." >&2
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@rm -f $(VENV)/.run-* $(VENV)/.dev-* $(VENV)/.languages-*
 	@$(PIP) -q --upgrade 'pip>=25'
-	@$(PIP) --no-deps --retries 1 --timeout 15 $(addprefix --extra-index-url ,$(TORCH_INDEX)) -c $(CONSTRAINTS) torch
+	@$(PIP) --no-deps --retries 1 --timeout 15 $(addprefix --extra-index-url ,$(TORCH_INDEX)) -c $(CONSTRAINTS) torch >&2
 	@$(PIP) -q -c $(CONSTRAINTS) -r requirements.txt -r requirements-draft.txt
 	@$(PIP) -q --no-deps -c $(CONSTRAINTS) -r requirements-upstream.txt
 	@$(PY) -c 'from engine import upstream; upstream.chatterbox(); upstream.perth()'

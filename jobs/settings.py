@@ -55,10 +55,10 @@ class Settings(BaseSettings):
         description="Precision of the models: auto, float32, bfloat16, float16 (x86 CPUs: slow to load, fast)",
     )
     max_concurrency: int = Field(
-        default=1,
+        default=4,
         ge=1,
         le=1024,
-        description="Jobs one worker takes at a time; the rest wait in the endpoint's queue",
+        description="Jobs one worker takes at a time and decodes together; the rest wait in the endpoint's queue",
     )
     streaming: bool = Field(default=False, description="Serve streams of pieces. Not built yet: must be off")
     voices_dir: Path | None = Field(default=None, description="Folder of the voice library. Not built yet")

@@ -174,8 +174,9 @@ def read_t3_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
+_TEXT_EMBEDDING = "text_emb.weight"
 _PLAIN_KEYS = {
-    "text_embedding.weight": "text_emb.weight",
+    "text_embedding.weight": _TEXT_EMBEDDING,
     "speech_embedding.weight": "speech_emb.weight",
     "text_positions.weight": "text_pos_emb.emb.weight",
     "speech_positions.weight": "speech_pos_emb.emb.weight",
@@ -218,7 +219,12 @@ def load_t3(path: Path, device: torch.device, dtype: torch.dtype, *, pack: bool 
         shapes = shapes_of(weights)
         with without_weights():
             model = T3(**read_t3_arguments(shapes))
-        keys = t3_keys(model.shape, shapes)
+        keys = list(t3_keys(model.shape, shapes))
+        if device.type == "cpu" and dtype == torch.float32:
+            # The text embedding is a tenth of the weights, and a text reads a few hundred of its rows: it stays in
+            # the mapped file, and only the rows that are read come into memory.
+            model.text_embedding.weight = nn.Parameter(weights.tensor(_TEXT_EMBEDDING), requires_grad=False)
+            keys = [key for key in keys if key.theirs != (_TEXT_EMBEDDING,)]
         load_keys(model, weights, keys, device=device, dtype_for=_dtype_for(model, dtype))
     if pack and device.type == "cpu":
         _pack(model, dtype)
