@@ -36,9 +36,9 @@ def write_plot(path: Path, figures: Sequence[Figure], title: str) -> None:
         right = axes.twinx()
         _draw(right, steps, _LATENCY, "s--", "latency (ms per step)")
         right.set(ylabel="ms per step", ylim=(0, None))
-    canvas.legend(loc="outside lower center", ncols=3, frameon=False)
+    canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=150)
+    canvas.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(canvas)
 
 
