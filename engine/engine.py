@@ -100,18 +100,7 @@ class Engine:
         conditionals = ConditionalsCache(conditioner.embed, CONDITIONALS_CACHE_BYTES)
         num_voice_positions = 2 + (self._spec.max_prompt_tokens if self._spec.backbone == "gpt2" else 32)
         length = num_voice_positions + MAX_TEXT_POSITIONS + MAX_NEW_TOKENS
-        cache_dtype = plan.torch_dtype if plan.device_type == "cuda" else torch.float32
-        rows_per_chunk = 2 if self._spec.uses_cfg else 1
-        row_bytes = length * KVCache.num_bytes_per_position(models.t3.shape, cache_dtype)
-        decoder = Decoder(
-            models.t3,
-            num_rows=rows_per_chunk * (config.max_rows or choose_rows(plan, rows_per_chunk * row_bytes)),
-            length=length,
-            max_new_tokens=length,
-            cache_dtype=cache_dtype,
-            prefill_budget=PREFILL_BUDGET[plan.device_type],
-            use_graphs=config.use_graphs,
-        )
+        decoder = _make_decoder(config, plan, models.t3, length)
         voices = PreparedVoices(decoder.compute_prefix, plan.torch_device, _prefix_cache_bytes(plan))
         self._intake = Intake(
             self._spec,
@@ -362,6 +351,22 @@ def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:
     )
     t3 = load_t3(checkpoint.path(spec.t3_file), device, plan.torch_dtype, pack=pack)
     return _Models(t3, renderer)
+
+
+def _make_decoder(config: EngineConfig, plan: DevicePlan, t3: T3, length: int) -> Decoder:
+    """Rows of `length` positions, as many as asked for or as memory allows."""
+    cache_dtype = plan.torch_dtype if plan.device_type == "cuda" else torch.float32
+    rows_per_chunk = 2 if t3.uses_guidance else 1
+    row_bytes = length * KVCache.num_bytes_per_position(t3.shape, cache_dtype)
+    return Decoder(
+        t3,
+        num_rows=rows_per_chunk * (config.max_rows or choose_rows(plan, rows_per_chunk * row_bytes)),
+        length=length,
+        max_new_tokens=length,
+        cache_dtype=cache_dtype,
+        prefill_budget=PREFILL_BUDGET[plan.device_type],
+        use_graphs=config.use_graphs,
+    )
 
 
 def choose_rows(plan: DevicePlan, bytes_per_chunk: int) -> int:

@@ -62,10 +62,6 @@ class Probe:
     bf16_gain: float | None = None
     bf16_flow_gain: float | None = None
 
-    @property
-    def cuda_available(self) -> bool:
-        return bool(self.cuda)
-
 
 def probe() -> Probe:
     """Look at this machine. Costs milliseconds, except that the first look at a GPU starts CUDA."""

@@ -63,12 +63,8 @@ class KVCache:
     def num_bytes_per_position(shape: BackboneShape, dtype: torch.dtype) -> int:
         return 2 * shape.num_layers * shape.width * dtype.itemsize
 
-    def read(self, row: int, length: int) -> tuple[Tensor, Tensor]:
-        """A copy of one row's first positions: (layers, heads, length, head_dim) each."""
-        return self.keys[:, row, :, :length].clone(), self.values[:, row, :, :length].clone()
-
     def write(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Put what `read` gave at the start of a row."""
+        """Put keys and values, (layers, heads, positions, head_dim) each, at the start of a row."""
         self.keys[:, row, :, : keys.shape[2]] = keys
         self.values[:, row, :, : values.shape[2]] = values
 
