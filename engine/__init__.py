@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine.errors import SpeechError as SpeechError
     from engine.types import Chunk as Chunk
     from engine.types import Conditionals as Conditionals
+    from engine.types import ConversionRequest as ConversionRequest
     from engine.types import EngineConfig as EngineConfig
     from engine.types import Segment as Segment
     from engine.types import Speech as Speech
@@ -26,6 +27,7 @@ _ROOM_OF = {
     "SpeechError": "engine.errors",
     "Chunk": "engine.types",
     "Conditionals": "engine.types",
+    "ConversionRequest": "engine.types",
     "EngineConfig": "engine.types",
     "Segment": "engine.types",
     "Speech": "engine.types",

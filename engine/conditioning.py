@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,16 +91,17 @@ def prepare_reference(prompt: VoicePrompt, spec: ModelSpec) -> Reference:
         )
     if np.abs(prompt.audio - prompt.audio.mean()).max() < SILENCE_PEAK:
         raise SpeechError("reference_silent", "the reference audio holds no sound above -60 dBFS", "reference_audio")
-    audio = _resample(np.array(prompt.audio), prompt.sample_rate, SAMPLE_RATE)
+    audio = resample(prompt.audio, prompt.sample_rate, SAMPLE_RATE)
     if spec.reference_lufs is not None:
         audio = _at_loudness(audio, spec.reference_lufs)
-    return Reference(audio, _resample(audio, SAMPLE_RATE, ENCODER_RATE))
+    return Reference(audio, resample(audio, SAMPLE_RATE, ENCODER_RATE))
 
 
-def _resample(audio: FloatArray, source_hz: int, target_hz: int) -> FloatArray:
+def resample(audio: FloatArray, source_hz: int, target_hz: int) -> FloatArray:
+    """Change the sample rate as upstream's `librosa.load(path, sr=…)` does."""
     import librosa
 
-    return librosa.resample(audio, orig_sr=source_hz, target_sr=target_hz, res_type="soxr_hq")
+    return librosa.resample(np.array(audio), orig_sr=source_hz, target_sr=target_hz, res_type="soxr_hq")
 
 
 def _at_loudness(audio: FloatArray, target_lufs: float) -> FloatArray:
@@ -255,6 +258,11 @@ class Conditioner:
         return cls(spec, _load_networks(spec, Path(model_dir), str(device)), fingerprint, str(device))
 
     @property
+    def tokenizer(self) -> Any:
+        """Upstream's S3Tokenizer, in eval mode."""
+        return self._networks.tokenizer
+
+    @property
     def model_key(self) -> str:
         return model_key(self.spec, self.fingerprint)
 
@@ -314,6 +322,25 @@ class Conditioner:
     def _speaker_embedding(self, audio_16k: FloatArray) -> FloatArray:
         """(256,): partial utterances of 1.6 s embedded, averaged and normalised."""
         return self._networks.voice_encoder.embeds_from_wavs([audio_16k], sample_rate=ENCODER_RATE)[0]
+
+
+class LazyConditioner:
+    """The conditioning networks, loaded when the first voice or recording comes that is not ready."""
+
+    def __init__(self, load: Callable[[], Conditioner]) -> None:
+        self._load = load
+        self._lock = threading.Lock()
+        self._conditioner: Conditioner | None = None
+
+    def get(self) -> Conditioner:
+        with self._lock:
+            if self._conditioner is None:
+                self._conditioner = self._load()
+            return self._conditioner
+
+    def embed(self, prompt: VoicePrompt) -> Conditionals:
+        """As `Conditioner.embed`."""
+        return self.get().embed(prompt)
 
 
 def builtin_conditionals(model_dir: Path | str, spec: ModelSpec, fingerprint: str) -> Conditionals | None:

@@ -10,7 +10,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from engine.s3gen.renderer import Pass, Renderer
 from engine.scheduler import Scheduler, Ticket
 from engine.t3.decoder import DecodedRow, Decoder, DecodeRequest
 from engine.types import SAMPLE_RATE, IntArray
-from engine.utterance import Utterance, as_speech_error, fail, is_out_of_memory, rendered_tokens
+from engine.utterance import Utterance, as_speech_error, fail, is_out_of_memory
 from engine.voices import PreparedVoices
 
 STEPS_PER_LOOK = 8
@@ -181,9 +182,7 @@ class Core:
                 fail(utterance, SpeechError("cancelled", "the engine is closing"))
             case _Add(utterance):
                 self._utterances[utterance.id] = utterance
-                num_rows = self._decoder.rows_for(utterance.settings)
-                tickets = [Ticket(utterance.id, index, num_rows) for index in range(len(utterance.chunks))]
-                self._scheduler.add(tickets, is_stream=utterance.is_stream)
+                self._queue(utterance)
             case _Cancel(utterance_id):
                 self._drop(utterance_id)
             case _Rendered(passes):
@@ -193,6 +192,16 @@ class Core:
                 self._is_closing = True
                 for utterance in [] if drain else list(self._utterances.values()):
                     self._fail(utterance, SpeechError("cancelled", "the engine was closed"))
+
+    def _queue(self, utterance: Utterance) -> None:
+        """Have the chunks decoded; what has its tokens already, as a recording has, goes on to be rendered."""
+        if utterance.settings is not None:
+            num_rows = self._decoder.rows_for(utterance.settings)
+            waiting = [index for index, chunk in enumerate(utterance.chunks) if not chunk.is_done]
+            tickets = [Ticket(utterance.id, index, num_rows) for index in waiting]
+            self._scheduler.add(tickets, is_stream=utterance.is_stream)
+        passes = range(len(utterance.passes))
+        self._ready += [(utterance.id, index) for index in passes if utterance.is_pass_decoded(index)]
 
     def _admit(self) -> None:
         while True:
@@ -212,6 +221,7 @@ class Core:
         started = time.perf_counter()
         utterance.timings.setdefault("queue", started - utterance.submitted_s)
         chunk = utterance.chunks[ticket.chunk]
+        assert utterance.settings is not None, ticket
         prepared = self._voices.get(chunk.conditionals, utterance.exaggeration)
         request = DecodeRequest(
             prefix=prepared.prefix,
@@ -281,27 +291,47 @@ class Core:
             self._ready.append((ticket.job, index))
 
     def _render(self) -> None:
-        """Start on the passes that are decoded: here, or in the renderer's own thread when it is free."""
+        """Start on passes that are decoded: here, or in the renderer's own thread when it is free."""
         if not self._ready or self._is_rendering:
             return
-        ready, self._ready = self._ready, []
-        work = [
-            _PassWork(self._utterances[job], index, self._pass(self._utterances[job], index)) for job, index in ready
-        ]
+        work = self._take_ready()
+        if not work:
+            return
         if self._render_pool is None:
             self._receive(self._render_all(work))
         else:
             self._is_rendering = True
             self._render_pool.submit(lambda: self._inbox.put(_Rendered(self._render_all(work))))
 
+    def _take_ready(self) -> list[_PassWork]:
+        """As many passes as the renderer takes in one batch, at least one; the rest waits for the next turn.
+
+        Utterances take turns, so that a long recording, whose passes are all ready at once, holds up nobody.
+        """
+        work: list[_PassWork] = []
+        budget = self._renderer.max_frames
+        for job, index in in_turns(self._ready):
+            if budget <= 0 or job not in self._utterances:  # or it failed a moment ago, and its passes went with it
+                continue
+            self._ready.remove((job, index))
+            utterance = self._utterances[job]
+            try:
+                work.append(_PassWork(utterance, index, self._pass(utterance, index)))
+            except Exception as error:
+                self._fail(utterance, error)
+            else:
+                budget -= work[-1].request.num_frames
+        served = {item.utterance.id for item in work}
+        self._ready.sort(key=lambda ready: ready[0] in served)  # whoever was served goes behind the others
+        return work
+
     def _pass(self, utterance: Utterance, index: int) -> Pass:
         first = utterance.chunks[utterance.passes[index].start]
-        voice = self._voices.get(first.conditionals, utterance.exaggeration).flow
-        return Pass(voice, self._pass_tokens(utterance, index), first.seed)
+        return Pass(self._voices.flow(first.conditionals), self._pass_tokens(utterance, index), first.seed)
 
     def _pass_tokens(self, utterance: Utterance, index: int) -> IntArray:
         chunks = [utterance.chunks[chunk] for chunk in utterance.passes[index]]
-        return np.concatenate([rendered_tokens(chunk.spoken_tokens, self._spec) for chunk in chunks])
+        return np.concatenate([chunk.rendered_tokens(self._spec) for chunk in chunks])
 
     def _render_all(self, work: list[_PassWork]) -> list[_RenderedPass]:
         """Render together, or one by one when that fails, so that only the bad one fails."""
@@ -333,15 +363,13 @@ class Core:
     def _cut(self, utterance: Utterance, index: int, waveform: Tensor) -> Iterator[tuple[int, Tensor]]:
         """A pass's waveform by chunk.
 
-        A prompt of an odd number of frames takes one frame off the front. Multilingual models decode a chunk's last
-        token to noise: its 40 ms are left out.
+        A prompt of an odd number of frames takes one frame off the front.
         """
         start = len(waveform) - len(self._pass_tokens(utterance, index)) * SAMPLES_PER_TOKEN
-        for chunk in utterance.passes[index]:
-            num_tokens = len(rendered_tokens(utterance.chunks[chunk].spoken_tokens, self._spec))
-            num_kept = max(1, num_tokens - 1) if self._spec.trim_last_token else num_tokens
-            yield chunk, waveform[max(0, start) : start + num_kept * SAMPLES_PER_TOKEN]
-            start += num_tokens * SAMPLES_PER_TOKEN
+        for number in utterance.passes[index]:
+            chunk = utterance.chunks[number]
+            yield number, waveform[max(0, start) : start + chunk.num_kept_tokens(self._spec) * SAMPLES_PER_TOKEN]
+            start += len(chunk.rendered_tokens(self._spec)) * SAMPLES_PER_TOKEN
 
     def _release(self, handle: int) -> None:
         self._decoder.release(handle)
@@ -358,6 +386,16 @@ class Core:
     def _fail(self, utterance: Utterance, error: Exception) -> None:
         self._drop(utterance.id)
         fail(utterance, as_speech_error(error))
+
+
+def in_turns(ready: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(job, pass) pairs in the order of serving: the first of every job, then the second of every job, and so on."""
+    num_before: Counter[int] = Counter()
+    rounds = []
+    for job, _ in ready:
+        rounds.append(num_before[job])
+        num_before[job] += 1
+    return [pair for _, pair in sorted(zip(rounds, ready, strict=True), key=lambda item: item[0])]
 
 
 def _is_looping(row: DecodedRow) -> bool:

@@ -22,15 +22,16 @@ from typing import Any
 import torch
 
 from engine import device as devices
-from engine.audio.assembly import Clip, assemble
 from engine.audio.watermark import Watermarker
 from engine.checkpoint import Checkpoint, find_checkpoint
-from engine.conditioning import Conditioner, builtin_conditionals, model_key
+from engine.conditioning import Conditioner, LazyConditioner, builtin_conditionals, model_key
+from engine.conversion import ConversionIntake
 from engine.core import Core
 from engine.device import DevicePlan
 from engine.errors import SpeechError
 from engine.hub import Progress
 from engine.intake import Intake
+from engine.listening import Listener
 from engine.machine import available_memory
 from engine.models import ModelSpec, get_model
 from engine.s3gen.renderer import Renderer, load_renderer
@@ -43,9 +44,12 @@ from engine.types import (
     UNVERIFIED_MARK,
     Chunk,
     Conditionals,
+    ConversionRequest,
     EngineConfig,
+    FloatArray,
     Speech,
     SpeechRequest,
+    Voice,
     VoicePrompt,
 )
 from engine.utterance import Utterance, as_speech_error, fail, rounded, succeed
@@ -93,7 +97,7 @@ class Engine:
     ) -> None:
         self.config, self._checkpoint, self._plan = config, checkpoint, plan
         self._spec, self._watermarker = checkpoint.spec, watermarker
-        conditioner = _LazyConditioner(
+        conditioner = LazyConditioner(
             lambda: Conditioner.load(self._spec, checkpoint.folder, checkpoint.fingerprint, plan.torch_device)
         )
         key = model_key(self._spec, checkpoint.fingerprint)
@@ -113,7 +117,9 @@ class Engine:
             num_voice_positions=num_voice_positions,
         )
         self._prepared = voices
+        self._conversions = ConversionIntake(self._intake, lambda: Listener(conditioner.get().tokenizer))
         self._intake_pool = ThreadPoolExecutor(2, "intake")
+        self._listening_pool = ThreadPoolExecutor(1, "listening")  # an hour's recording keeps no text waiting
         self._finish_pool = ThreadPoolExecutor(2, "finish")
         self._core = Core(
             self._spec,
@@ -124,7 +130,7 @@ class Engine:
             render_beside=plan.device_type == "cuda",
         )
         self._places = threading.Semaphore(config.max_queued)
-        self._is_closed = False
+        self._is_closed = self._is_abandoned = False
 
     @classmethod
     def load(cls, config: EngineConfig, *, progress: Progress | None = None) -> Engine:
@@ -181,12 +187,46 @@ class Engine:
             A future that stays pending until its result is set: cancelling it works at any time, and frees
             what the request holds. It raises SpeechError.
         """
+        return self._start(self._intake_pool, lambda future: self._intake.accept(request, future))
+
+    def submit_conversion(self, request: ConversionRequest) -> Future[Speech]:
+        """Start saying a recording again in another voice.
+
+        Returns:
+            A future as `submit`'s. The speech is as long as the recording, its chunks are the pieces it was cut into.
+        """
+        submitted_s = time.perf_counter()
+
+        def accept(future: Future[Speech]) -> Utterance:
+            return self._conversions.accept(request, future, submitted_s, lambda: self._check_wanted(future))
+
+        return self._start(self._listening_pool, accept)
+
+    def convert(
+        self, audio: FloatArray, sample_rate: int, voice: Voice | None = None, *, seed: int | None = None
+    ) -> Speech:
+        """Say what a recording says in another voice, and wait. Every model can: none needs its T3 for it.
+
+        Args:
+            audio: float32 (T,) mono in [-1, 1], of any length.
+            sample_rate: Hz.
+            voice: whose; None for the model's built-in voice.
+            seed: the same seed gives the same audio.
+
+        Raises:
+            SpeechError: reference_unreadable, reference_too_short, reference_silent, invalid_request,
+                generation_failed, out_of_memory, cancelled.
+        """
+        request = ConversionRequest(audio=audio, sample_rate=sample_rate, voice=voice, seed=seed)
+        return self.submit_conversion(request).result()
+
+    def _start(self, pool: ThreadPoolExecutor, accept: Callable[[Future[Speech]], Utterance]) -> Future[Speech]:
         future: Future[Speech] = Future()
         if self._is_closed:
             raise SpeechError("cancelled", "the engine is closed")
         self._count_in(future)
         try:
-            self._intake_pool.submit(self._take_in, request, future)
+            pool.submit(self._take_in, accept, future)
         except RuntimeError:  # closed since we looked
             future.cancel()
             raise SpeechError("cancelled", "the engine is closed") from None
@@ -198,11 +238,15 @@ class Engine:
             raise SpeechError("out_of_memory", f"{self.config.max_queued} requests wait already; try again later")
         future.add_done_callback(lambda _: self._places.release())
 
-    def _take_in(self, request: SpeechRequest, future: Future[Speech]) -> None:
+    def _check_wanted(self, future: Future[Speech]) -> None:
+        if self._is_abandoned or future.cancelled():
+            raise SpeechError("cancelled", "the request was cancelled")
+
+    def _take_in(self, accept: Callable[[Future[Speech]], Utterance], future: Future[Speech]) -> None:
         if future.cancelled():
             return
         try:
-            self._core.submit(self._intake.accept(request, future))
+            self._core.submit(accept(future))
         except BaseException as error:
             if future.set_running_or_notify_cancel():
                 future.set_exception(as_speech_error(error))
@@ -236,11 +280,7 @@ class Engine:
 
     def _make_speech(self, utterance: Utterance) -> Speech:
         started = time.perf_counter()
-        clips = [
-            Clip(utterance.waveforms[index], chunk.pause_after_s, chunk.pause_before_s)
-            for index, chunk in enumerate(utterance.chunks)
-        ]
-        assembled = assemble(clips)
+        assembled = utterance.assemble()
         waveform, is_marked, warnings = assembled.waveform, False, list(utterance.warnings)
         if self._watermarker is not None:
             waveform, is_marked = self._watermarker.apply(waveform, SAMPLE_RATE)
@@ -304,8 +344,9 @@ class Engine:
         """Finish what was submitted (drain) or cancel it, and free the models."""
         if self._is_closed:
             return
-        self._is_closed = True
+        self._is_closed, self._is_abandoned = True, not drain
         self._intake_pool.shutdown(wait=True, cancel_futures=False)
+        self._listening_pool.shutdown(wait=True, cancel_futures=False)
         self._core.close(drain=drain)
         self._finish_pool.shutdown(wait=True)
 
@@ -316,21 +357,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _LazyConditioner:
-    """The conditioning networks, loaded when the first voice that is not ready comes."""
-
-    def __init__(self, load: Callable[[], Conditioner]) -> None:
-        self._load = load
-        self._lock = threading.Lock()
-        self._conditioner: Conditioner | None = None
-
-    def embed(self, prompt: VoicePrompt) -> Conditionals:
-        with self._lock:
-            if self._conditioner is None:
-                self._conditioner = self._load()
-        return self._conditioner.embed(prompt)
 
 
 def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:

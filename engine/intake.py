@@ -16,7 +16,7 @@ from engine.errors import SpeechError
 from engine.models import ModelSpec
 from engine.t3.sampling import SamplingSettings
 from engine.text import PlannedChunk, TextFrontEnd
-from engine.types import PARAMETERS, Conditionals, IntArray, Segment, Speech, SpeechRequest, Voice, VoicePrompt
+from engine.types import PARAMETERS, Conditionals, IntArray, Speech, SpeechRequest, Voice, VoicePrompt
 from engine.utterance import ChunkWork, Utterance, chunk_seeds
 from engine.voices import ConditionalsCache, check_voice
 
@@ -71,13 +71,13 @@ class Intake:
             raise SpeechError("text_empty", "the text holds nothing that can be spoken", "text")
         seed = request.known_seed
         seeds = chunk_seeds(seed, [chunk.text for chunk in planned])
-        voices = [self._resolve(segment, request.voice) for segment in segments]
+        voices = [self.resolve(segment.voice or request.voice) for segment in segments]
         chunks = [
             self._make_chunk(chunk, chunk_seed, voices[chunk.segment_index], request.max_new_tokens)
             for chunk, chunk_seed in zip(planned, seeds, strict=True)
         ]
         utterance = Utterance(
-            id=next(self._ids),
+            id=self.next_id(),
             future=future,
             seed=seed,
             settings=self._settings(request),
@@ -88,6 +88,10 @@ class Intake:
         )
         utterance.add_time("condition", time.perf_counter() - started)
         return utterance
+
+    def next_id(self) -> int:
+        """An utterance's id, unique in the engine."""
+        return next(self._ids)
 
     def _make_chunk(
         self, planned: PlannedChunk, seed: int, conditionals: Conditionals, max_new_tokens: int | None
@@ -114,8 +118,13 @@ class Intake:
             )
         return min(wanted, room)
 
-    def _resolve(self, segment: Segment, default: Voice | None) -> Conditionals:
-        voice = segment.voice or default or self.builtin
+    def resolve(self, wanted: Voice | None) -> Conditionals:
+        """The conditionals of a voice, None meaning the model's own.
+
+        Raises:
+            SpeechError: invalid_request, reference_too_short, reference_silent.
+        """
+        voice = wanted or self.builtin
         if voice is None:
             raise SpeechError(
                 "invalid_request", f"this checkpoint of {self.spec.name} has no built-in voice: give one", "voice"

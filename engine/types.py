@@ -255,8 +255,7 @@ class SpeechRequest:
             raise SpeechError("invalid_request", "expected exactly one of text and segments", "text")
         if self.text is not None:
             _check_text(self.text)
-        if self.seed is not None:
-            _check_number("seed", self.seed, 0, MAX_SEED, integer=True)
+        _check_seed(self.seed)
         for name, bounds in PARAMETERS.items():
             value = getattr(self, name)
             if value is not None:
@@ -265,12 +264,57 @@ class SpeechRequest:
     @property
     def known_seed(self) -> int:
         """The seed, or one drawn now."""
-        return secrets.randbits(DRAWN_SEED_BITS) if self.seed is None else self.seed
+        return _drawn_seed() if self.seed is None else self.seed
 
     @property
     def all_segments(self) -> tuple[Segment, ...]:
         """The request as segments: `text` is a single one."""
         return self.segments if self.text is None else (Segment(self.text),)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ConversionRequest:
+    """A recording to say again in another voice.
+
+    Args:
+        audio: float (T,) mono in [-1, 1], of any length; copied and made read-only.
+        sample_rate: Hz.
+        voice: a prompt or ready conditionals; None for the model's built-in voice.
+        seed: 0 to 2**63 - 1; None draws one, which the result names.
+
+    Raises:
+        SpeechError: reference_unreadable, invalid_request.
+    """
+
+    audio: FloatArray
+    sample_rate: int
+    voice: Voice | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        recording = VoicePrompt(self.audio, self.sample_rate)
+        object.__setattr__(self, "audio", recording.audio)
+        object.__setattr__(self, "sample_rate", recording.sample_rate)
+        _check_voice(self.voice)
+        _check_seed(self.seed)
+
+    @property
+    def duration_s(self) -> float:
+        return self.audio.size / self.sample_rate
+
+    @property
+    def known_seed(self) -> int:
+        """The seed, or one drawn now."""
+        return _drawn_seed() if self.seed is None else self.seed
+
+
+def _drawn_seed() -> int:
+    return secrets.randbits(DRAWN_SEED_BITS)
+
+
+def _check_seed(seed: int | None) -> None:
+    if seed is not None:
+        _check_number("seed", seed, 0, MAX_SEED, integer=True)
 
 
 def _check_text(text: object) -> None:
@@ -328,7 +372,7 @@ class Speech:
     Args:
         waveform: float32 (T,) mono in [-1, 1].
         sample_rate: Hz.
-        chunks: the spoken stretches of text, in order.
+        chunks: the spoken stretches of text, in order; of a converted recording its pieces, their text empty.
         seed: the seed that gives this audio again.
         model: the name of the model that spoke.
         watermarked: whether the Perth watermark is in the audio and was found there.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine import guard, noise
+from engine.audio.assembly import Assembled, Clip, assemble
 from engine.errors import SpeechError
 from engine.models import SILENCE_TOKEN, SPEECH_VOCAB_SIZE, START_SPEECH_TOKEN, ModelSpec
 from engine.t3.decoder import DecodedRow
@@ -68,6 +69,18 @@ class ChunkWork:
         assert self.tokens is not None
         return self.tokens
 
+    def rendered_tokens(self, spec: ModelSpec) -> IntArray:
+        """The tokens as S3Gen speaks them."""
+        if spec.family != "turbo":
+            return self.spoken_tokens
+        closing = np.full(NUM_CLOSING_SILENCES, SILENCE_TOKEN, dtype=self.spoken_tokens.dtype)
+        return np.concatenate((self.spoken_tokens, closing))
+
+    def num_kept_tokens(self, spec: ModelSpec) -> int:
+        """Of how many of the rendered tokens the audio is kept: multilingual models decode the last to noise."""
+        num_rendered = len(self.rendered_tokens(spec))
+        return max(1, num_rendered - 1) if spec.trim_last_token else num_rendered
+
     def record(self, row: DecodedRow, spec: ModelSpec) -> bool:
         """Take in a finished attempt; whether the chunk is done (else it is to be decoded again)."""
         self.attempts += 1
@@ -88,13 +101,6 @@ def valid_tokens(tokens: IntArray, spec: ModelSpec) -> IntArray:
     if spec.uses_cfg and len(starts):
         tokens = tokens[starts[0] + 1 :]
     return tokens[tokens < SPEECH_VOCAB_SIZE]
-
-
-def rendered_tokens(tokens: IntArray, spec: ModelSpec) -> IntArray:
-    """A chunk's tokens as S3Gen speaks them."""
-    if spec.family != "turbo":
-        return tokens
-    return np.concatenate((tokens, np.full(NUM_CLOSING_SILENCES, SILENCE_TOKEN, dtype=tokens.dtype)))
 
 
 def plan_passes(chunks: Sequence[ChunkWork], max_tokens: int = PASS_TOKENS) -> tuple[range, ...]:
@@ -124,7 +130,7 @@ class Utterance:
         id: unique in the engine.
         future: stays pending until the result is set, so that it can be cancelled at any time.
         seed: the request's, drawn if it named none.
-        settings: sampling.
+        settings: sampling; None where nothing is to be decoded.
         exaggeration: emotion intensity, None for models without.
         chunks: in order.
         warnings: what could not be done.
@@ -135,9 +141,9 @@ class Utterance:
     id: int
     future: Future[Speech]
     seed: int
-    settings: SamplingSettings
+    settings: SamplingSettings | None
     exaggeration: float | None
-    chunks: list[ChunkWork]
+    chunks: Sequence[ChunkWork]
     warnings: tuple[str, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
     is_stream: bool = False
@@ -146,7 +152,20 @@ class Utterance:
     passes: tuple[range, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.passes = plan_passes(self.chunks)
+        self.passes = self.plan()
+
+    def plan(self) -> tuple[range, ...]:
+        """Which chunks share a pass of S3Gen."""
+        return plan_passes(self.chunks)
+
+    def assemble(self) -> Assembled:
+        """The rendered chunks as one waveform."""
+        return assemble(
+            [
+                Clip(self.waveforms[index], chunk.pause_after_s, chunk.pause_before_s)
+                for index, chunk in enumerate(self.chunks)
+            ]
+        )
 
     def add_time(self, stage: str, seconds: float) -> None:
         self.timings[stage] = self.timings.get(stage, 0.0) + seconds

@@ -20,6 +20,8 @@ from engine.s3gen.renderer import flow_voice
 from engine.t3.decoder import VoicePrefix
 from engine.types import Conditionals, Voice, VoicePrompt
 
+_MAX_FLOW_VOICES = 64  # some 0.2 MB each
+
 
 @dataclass(frozen=True)
 class CacheStats:
@@ -113,7 +115,15 @@ class PreparedVoices:
         self._kept: LRUCache[tuple[str, float | None], PreparedVoice] = LRUCache(
             max_bytes, getsizeof=lambda voice: voice.prefix.num_bytes
         )
+        self._flows: LRUCache[str, FlowVoice] = LRUCache(_MAX_FLOW_VOICES)
         self._hits = self._misses = 0
+
+    def flow(self, conditionals: Conditionals) -> FlowVoice:
+        """What S3Gen needs of a voice; a recording that is converted needs no more."""
+        kept = self._flows.get(conditionals.key)
+        if kept is None:
+            kept = self._flows[conditionals.key] = flow_voice(conditionals, self._device)
+        return kept
 
     def get(self, conditionals: Conditionals, exaggeration: float | None) -> PreparedVoice:
         key = (conditionals.key, exaggeration)
@@ -130,9 +140,7 @@ class PreparedVoices:
     def _prepare(self, conditionals: Conditionals, exaggeration: float | None) -> PreparedVoice:
         speaker = torch.tensor(conditionals.speaker_embedding, device=self._device)
         tokens = torch.tensor(conditionals.t3_prompt_tokens, dtype=torch.int64, device=self._device)
-        return PreparedVoice(
-            self._compute_prefix(speaker, tokens, exaggeration), flow_voice(conditionals, self._device)
-        )
+        return PreparedVoice(self._compute_prefix(speaker, tokens, exaggeration), self.flow(conditionals))
 
     def stats(self) -> CacheStats:
         return CacheStats(self._hits, self._misses, len(self._kept), int(self._kept.currsize))

@@ -42,8 +42,8 @@ ENGINE_ORDER = (
         "hub",
         "checkpoint",
     ),
-    *("text", "random_tokenizers", "random_checkpoint", "conditioning", "t3", "s3gen", "guard", "audio"),
-    *("espeak", "draft", "scheduler", "utterance", "voices", "intake", "core", "engine"),
+    *("text", "random_tokenizers", "random_checkpoint", "conditioning", "listening", "t3", "s3gen", "guard", "audio"),
+    *("espeak", "draft", "scheduler", "utterance", "voices", "intake", "conversion", "core", "engine"),
 )
 """The rooms of the engine from the ground up: each may import only itself and rooms before it."""
 
