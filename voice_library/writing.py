@@ -1,0 +1,235 @@
+"""How voices come, change and go, so that a crash or another worker at any moment does no harm.
+
+The catalogue record is the voice: it lies under the hash of the name, is created exclusively and last, and
+is removed first. Whoever creates it has the name; before that, and after, other files are leftovers that
+nobody sees. An id is taken by a claim file, which names the voice it is for: two adds of one voice share
+it, so that one that died does not stop the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+import time
+from typing import Any
+
+from voice_library import conditionals
+from voice_library.audio import Prompt
+from voice_library.catalogue import Catalogue
+from voice_library.errors import LibraryError
+from voice_library.index import Index
+from voice_library.inspection import COMMIT_WITHIN_S, LEFTOVER_AGE_S, Claim, read_claim
+from voice_library.metadata import MAX_RECORD_BYTES, Record, Voice, claim_key, record_key
+from voice_library.store import Entry, Store
+
+_log = logging.getLogger(__name__)
+
+_ATTEMPTS = 10
+_RENAME_WITHIN_S = 30.0
+"""A rename that takes longer leaves the old name's record to others, who take it for dead after twice that."""
+
+
+class Writer:
+    """Changes to a library.
+
+    Args:
+        store: where it lies.
+        index: its catalogue, told of every change made here.
+        max_voices: at which adding is refused; None for no limit. Workers that add at the same moment may
+            go beyond it by one each.
+    """
+
+    def __init__(self, store: Store, index: Index, max_voices: int | None) -> None:
+        self._store = store
+        self._index = index
+        self._max_voices = max_voices
+
+    def check_room(self, name: str, voice_id: str | None) -> None:
+        """Refuse early what `add` could not do.
+
+        Raises:
+            LibraryError: voice_exists, voice_library_full, storage_failed.
+        """
+        catalogue = self._index.refresh()
+        _check_free(catalogue, name, voice_id)
+        if self._max_voices is not None and len(catalogue) >= self._max_voices:
+            message = f"the library holds {len(catalogue)} voices, of at most {self._max_voices}; delete some first"
+            raise LibraryError("voice_library_full", message)
+
+    def add(self, voice: Voice, prompt: Prompt) -> Record:
+        """Write a voice: claim its id, write its audio, then create its record.
+
+        Raises:
+            LibraryError: voice_exists, storage_failed. A storage that failed at the record itself may have
+                written it; then the voice is there, and whole.
+        """
+        started_s = time.monotonic()
+        # Random, so that no late removal of an earlier voice's files can hit this one's.
+        file = f"prompt-{prompt.audio_hash}-{secrets.token_hex(4)}.flac"
+        record = Record(voice, prompt_file=file, prompt_bytes=len(prompt.flac), num_samples=prompt.num_samples)
+        self._claim(voice)
+        self._store.write(record.prompt_key, prompt.flac)
+        if time.monotonic() - started_s > COMMIT_WITHIN_S:
+            raise LibraryError(
+                "storage_failed", f"writing to {self._store.describe()} took too long; nothing was added"
+            )
+        try:
+            self._create(record)
+        except LibraryError as error:
+            if error.code == "voice_exists":
+                self._remove_quietly(record.prompt_key)
+            raise
+        self._index.put(record)
+        return record
+
+    def update(self, voice_id: str, changes: dict[str, Any]) -> Record:
+        """Change what is said of a voice; another worker's change of it in between is kept too.
+
+        Raises:
+            LibraryError: voice_not_found, voice_exists, storage_failed.
+        """
+        for _ in range(_ATTEMPTS):
+            catalogue = self._index.refresh()
+            old = catalogue.by_id(voice_id)
+            if old is None:
+                raise catalogue.not_found(voice_id, "voice_id")
+            new = dataclasses.replace(old, voice=dataclasses.replace(old.voice, **changes), revision=old.revision + 1)
+            if new.key != old.key:
+                return self._rename(catalogue, old, new)
+            if self._store.replace(new.key, new.to_bytes(), self._index.version_of(old.key)):
+                self._index.put(new)
+                return new
+        raise LibraryError("storage_failed", f"voice {voice_id!r} is being changed by others; try again")
+
+    def delete(self, voice_id: str) -> None:
+        """Remove a voice, damaged or not: its records first, after which nobody sees it, then its files.
+
+        Raises:
+            LibraryError: voice_not_found, storage_failed.
+        """
+        keys = self._records_of(voice_id)
+        if not keys:
+            raise self._index.catalogue.not_found(voice_id, "voice_id")
+        prompts: list[str] = []
+        while keys:
+            for key in keys:
+                prompts += self._prompts_of(key)
+                self._store.delete(key)
+                self._index.discard(key)
+            keys = self._records_of(voice_id)  # another one appears if another worker was renaming the voice
+        for prompt in prompts:
+            self._remove_quietly(prompt)
+        self._remove_quietly(conditionals.folder(voice_id), is_prefix=True)
+        self._remove_quietly(claim_key(voice_id))
+
+    def _claim(self, voice: Voice) -> None:
+        """Take the id for this voice, sharing it with whoever adds the same voice."""
+        claim, key = Claim(voice.voice_id, voice.name), claim_key(voice.voice_id)
+        if self._store.create(key, claim.to_bytes()):
+            return
+        other = read_claim(self._store, voice.voice_id)
+        if other != claim and not self._is_dead(key, other):
+            message = f"the id {voice.voice_id!r} is taken, or being taken, by another voice"
+            raise LibraryError("voice_exists", message, "voice_id")
+        self._store.write(key, claim.to_bytes())  # renewed: sweeping goes by its age
+
+    def _is_dead(self, key: str, claim: Claim | None) -> bool:
+        """Whether the claim of another voice is that of an interrupted add. (Called when no record has the id.)"""
+        if claim is not None and self._store.read(record_key(claim.name), 0) is not None:
+            return self._index.refresh().by_id(claim.voice_id) is None and _is_older(self._entry(key), LEFTOVER_AGE_S)
+        return _is_older(self._entry(key), LEFTOVER_AGE_S)
+
+    def _create(self, record: Record) -> None:
+        """Create a record, or take the place of one that is dead."""
+        data = record.to_bytes()
+        for _ in range(_ATTEMPTS):
+            if self._store.create(record.key, data):
+                return
+            entry = self._entry(record.key)
+            if entry is None:
+                continue
+            if not self._is_stale(entry, record.voice.name):
+                raise _name_taken(record.voice.name)
+            if self._store.replace(record.key, data, entry.version):
+                return
+        raise _name_taken(record.voice.name)
+
+    def _is_stale(self, entry: Entry, name: str) -> bool:
+        """Whether what lies under a name is no voice: a name taken and never filled, or the old record of a
+        rename that died before removing it."""
+        if not entry.num_bytes:
+            return _is_older(entry, LEFTOVER_AGE_S)
+        catalogue = self._index.refresh()
+        if catalogue.by_name(name) is not None:
+            return False
+        try:
+            old = Record.from_bytes(self._store.read(entry.key, MAX_RECORD_BYTES) or b"")
+        except ValueError:
+            return False
+        current = catalogue.by_id(old.voice.voice_id)
+        if current is None or current.revision <= old.revision:
+            return False
+        return _is_older(self._entry(current.key), 2 * _RENAME_WITHIN_S)
+
+    def _rename(self, catalogue: Catalogue, old: Record, new: Record) -> Record:
+        """Create the record of the new name, which counts from then on, then remove the old one."""
+        _check_free(catalogue, new.voice.name, None, except_id=old.voice.voice_id)
+        started_s = time.monotonic()
+        self._create(new)
+        self._index.put(new)
+        if self._store.read(old.key, 0) is None:
+            # Deleted in between: then the new record is the only trace of a voice that should be gone.
+            self._store.delete(new.key)
+            self._index.discard(new.key)
+            raise self._index.catalogue.not_found(new.voice.voice_id, "voice_id")
+        if time.monotonic() - started_s < _RENAME_WITHIN_S:
+            self._store.delete(old.key)
+            self._index.discard(old.key)
+        self._store.write(claim_key(new.voice.voice_id), Claim(new.voice.voice_id, new.voice.name).to_bytes())
+        return new
+
+    def _records_of(self, voice_id: str) -> list[str]:
+        """Keys of all records of a voice; of one whose record no longer tells its id, by its claim."""
+        catalogue = self._index.refresh()
+        keys = self._index.records_of(voice_id)
+        claim = None if keys or not catalogue.problems else read_claim(self._store, voice_id)
+        if claim is None or catalogue.by_name(claim.name) is not None:
+            return keys
+        key = record_key(claim.name)
+        return [key] if self._store.read(key, 0) is not None else []
+
+    def _prompts_of(self, key: str) -> list[str]:
+        try:
+            return [Record.from_bytes(self._store.read(key, MAX_RECORD_BYTES) or b"").prompt_key]
+        except ValueError:
+            return []
+
+    def _entry(self, key: str) -> Entry | None:
+        return next((entry for entry in self._store.list(key) if entry.key == key), None)
+
+    def _remove_quietly(self, key: str, is_prefix: bool = False) -> None:
+        """Remove what no record names any more. If that fails it is a leftover, and swept later."""
+        try:
+            for name in [entry.key for entry in self._store.list(key)] if is_prefix else [key]:
+                self._store.delete(name)
+        except LibraryError as error:
+            _log.warning("left behind, to be swept later: %s (%s)", key, error.message)
+
+
+def _check_free(catalogue: Catalogue, name: str, voice_id: str | None, *, except_id: str | None = None) -> None:
+    """Refuse a name or an id that a voice has; a name that is another's id too, since it could never be found."""
+    taken = catalogue.by_name(name) or catalogue.by_id(name)
+    if taken is not None and taken.voice.voice_id != except_id:
+        raise _name_taken(name)
+    if voice_id is not None and (catalogue.by_id(voice_id) or catalogue.by_name(voice_id) not in (None, taken)):
+        raise LibraryError("voice_exists", f"a voice has the id or name {voice_id!r} already", "voice_id")
+
+
+def _name_taken(name: str) -> LibraryError:
+    message = f"a voice has the name or id {name!r} already (a damaged one too, until it is deleted)"
+    return LibraryError("voice_exists", message, "name", (name,))
+
+
+def _is_older(entry: Entry | None, age_s: float) -> bool:
+    return entry is not None and time.time() - entry.modified_s > age_s
