@@ -31,6 +31,7 @@ from engine.types import (
     UNVERIFIED_MARK,
     Chunk,
     Conditionals,
+    ConversionRequest,
     EngineConfig,
     FloatArray,
     Speech,
@@ -51,7 +52,7 @@ _MAX_CACHED_VOICES = 1024  # a few hundred bytes each
 _PITCH_HZ = (66.0, 73.0, 83.0, 93.0, 106.0, 120.0, 137.0, 155.0, 177.0, 199.0)
 _PITCH_SETTING = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 99.0)
 """Median F0 of the eSpeak voice by its pitch setting, as measured: within 5 % in ten languages."""
-
+_OWN_PITCH_HZ = 106.0
 
 _SHIFT_WINDOW = 1024
 """Samples of the pitch shift's window, 43 ms: three periods of a deep voice, and gaps between words stay gaps."""
@@ -128,20 +129,27 @@ class DraftEngine:
         """Start speaking. The future stays pending until its result is set, so cancel() works at any time."""
         return self._start(lambda job: self._whole(request, job))
 
-    def convert(self, audio: FloatArray, sample_rate: int, voice: Voice) -> Speech:
+    def submit_conversion(self, request: ConversionRequest) -> Future[Speech]:
+        """Start saying a recording again in another voice; a future as `submit`'s."""
+        return self._start(lambda job: self._converted(request, job))
+
+    def convert(
+        self, audio: FloatArray, sample_rate: int, voice: Voice | None = None, *, seed: int | None = None
+    ) -> Speech:
         """Say what a recording says in another voice: its pitch is shifted, its timing kept.
 
         Args:
             audio: float32 (T,) in [-1, 1].
             sample_rate: Hz.
-            voice: whose median pitch to take.
+            voice: whose median pitch to take; None for eSpeak's own.
+            seed: named in the result, and nothing else: no chance is involved.
 
         Raises:
             SpeechError: reference_unreadable, reference_too_short, reference_silent, invalid_request,
                 watermark_unavailable, cancelled.
         """
-        prompt = VoicePrompt(audio, sample_rate)
-        return self._start(lambda job: self._converted(prompt, voice, job)).result()
+        request = ConversionRequest(audio=audio, sample_rate=sample_rate, voice=voice, seed=seed)
+        return self.submit_conversion(request).result()
 
     def stream(self, request: SpeechRequest) -> Iterator[SpeechPiece]:
         """Speak chunk by chunk; a piece is a chunk and the pause behind it, the last one is empty.
@@ -258,20 +266,22 @@ class DraftEngine:
             spoken = resample(samples.astype(np.float32) / np.float32(32768), played_hz, SAMPLE_RATE)
         return _Part.of(chunk, spoken)
 
-    def _converted(self, prompt: VoicePrompt, voice: Voice, job: _Job) -> Speech:
+    def _converted(self, request: ConversionRequest, job: _Job) -> Speech:
         clock = _Clock(job.submitted_s)
-        check_reference(prompt.audio, prompt.sample_rate, min_s=0.0, field="audio")
-        target_hz, warnings = self._f0(voice)
-        waveform = resample(prompt.audio, prompt.sample_rate, SAMPLE_RATE)
+        check_reference(request.audio, request.sample_rate, min_s=0.0, field="audio")
+        target_hz, warnings = self._f0(request.voice)
+        waveform = resample(request.audio, request.sample_rate, SAMPLE_RATE)
         source_hz = median_f0(waveform, SAMPLE_RATE)
         clock.lap("condition")
         job.check()
         if source_hz is None:
             warnings = [*warnings, "no pitch was found in the recording; it is returned as it was"]
-        elif target_hz is not None:
-            waveform = _shift_pitch(waveform, target_hz / source_hz)
+        else:
+            waveform = _shift_pitch(waveform, (target_hz or _OWN_PITCH_HZ) / source_hz)
         clock.lap("decode")
-        return self._finished(Speech(waveform, SAMPLE_RATE, (), 0, DRAFT, False, warnings=tuple(warnings)), clock)
+        whole = (Chunk(0, "", 0.0, waveform.size / SAMPLE_RATE),)
+        seed, warned = request.known_seed, tuple(warnings)
+        return self._finished(Speech(waveform, SAMPLE_RATE, whole, seed, DRAFT, False, warnings=warned), clock)
 
     def _finished(self, speech: Speech, clock: _Clock) -> Speech:
         waveform, watermarked = self._marked(speech.waveform)

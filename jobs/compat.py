@@ -12,9 +12,16 @@ from typing import Any
 
 from jobs.errors import JobError
 
-OPERATION_ALIASES: Mapping[str, str] = {"voice_cloning": "voice_clone"}
+OPERATION_ALIASES: Mapping[str, str] = {
+    "voice_cloning": "voice_clone",
+    "voice_transfer": "voice_conversion",
+}
 
-FIELD_ALIASES: Mapping[str, str] = {"cfg": "cfg_weight", "language_id": "language"}
+FIELD_ALIASES: Mapping[str, str] = {
+    "cfg": "cfg_weight",
+    "language_id": "language",
+    "target_speaker": "target_audio",
+}
 
 IGNORED_FIELDS: Mapping[str, str] = {
     "speed": "the model sets its own pace",
@@ -37,10 +44,6 @@ UNSERVED_FIELDS: Mapping[str, str] = {
     "subtitles": "this worker does not write subtitles; the result's chunks carry their times",
     "idempotency_key": "this worker keeps no results between jobs",
     "save_to_library": "this worker has no voice library to save to; send the recording with each job",
-    "input_audio": "this worker does not convert recordings",
-    "target_audio": "this worker does not convert recordings",
-    "target_speaker": "this worker does not convert recordings",
-    "transfer_mode": "this worker does not convert recordings",
 }
 
 

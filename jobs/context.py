@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine.types import Speech, SpeechRequest
+from engine.types import ConversionRequest, Speech, SpeechRequest
 from jobs.settings import Settings
 
 
@@ -30,6 +30,9 @@ class SpeechEngine(Protocol):
 
     def submit(self, request: SpeechRequest) -> Future[Speech]:
         """Start speaking; cancelling the future frees what it holds."""
+
+    def submit_conversion(self, request: ConversionRequest) -> Future[Speech]:
+        """Start saying a recording again in another voice; a future as `submit`'s."""
 
     def stats(self) -> dict[str, Any]:
         """Figures for `info`."""

@@ -16,7 +16,7 @@ from typing import Any
 from engine.audio import mastering
 from engine.types import FloatArray, Speech
 from jobs.errors import JobError
-from jobs.schema import SpeechInput
+from jobs.schema import AudioInput
 
 _LOUDNESS_TOLERANCE_LU = 0.5
 
@@ -43,7 +43,7 @@ class Encoded:
     warnings: tuple[str, ...] = ()
 
 
-def check_output(request: SpeechInput, model_rate: int) -> None:
+def check_output(request: AudioInput, model_rate: int) -> None:
     """Refuse an output that cannot be made, before anything is spent on it.
 
     Args:
@@ -56,7 +56,7 @@ def check_output(request: SpeechInput, model_rate: int) -> None:
     mastering.check_format(request.output_format, request.sample_rate or model_rate)
 
 
-def encode(speech: Speech, request: SpeechInput) -> Encoded:
+def encode(speech: Speech, request: AudioInput) -> Encoded:
     """Master and encode an utterance as the job asked. Blocks: call it in a thread."""
     started_s = time.perf_counter()
     waveform, warnings = _normalized(speech, request)
@@ -76,7 +76,7 @@ def encode(speech: Speech, request: SpeechInput) -> Encoded:
     )
 
 
-def _normalized(speech: Speech, request: SpeechInput) -> tuple[FloatArray, tuple[str, ...]]:
+def _normalized(speech: Speech, request: AudioInput) -> tuple[FloatArray, tuple[str, ...]]:
     implied = "none" if request.loudness_lufs is None else "loudness"
     mode = request.audio_normalization or implied
     if mode != "loudness":
@@ -98,7 +98,8 @@ def check_result(result: Mapping[str, Any], max_bytes: int) -> None:
     num_bytes = len(json.dumps({"output": result}, ensure_ascii=False, allow_nan=False).encode("utf-8"))
     if not max_bytes or num_bytes <= max_bytes:
         return
-    way_out = "send less text" if result.get("format") == "opus" else "ask for output_format opus, or send less text"
+    shorten = "send less text, or a shorter recording"
+    way_out = shorten if result.get("format") == "opus" else f"ask for output_format opus, or {shorten}"
     raise JobError(
         "result_too_large",
         f"the result is {num_bytes / 1e6:.1f} MB and at most {max_bytes / 1e6:.1f} MB can be returned; {way_out}",

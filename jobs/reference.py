@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-from engine.types import VoicePrompt
+from engine.types import FloatArray, VoicePrompt
 from jobs.context import JobContext
 from jobs.errors import JobError
-from jobs.schema import SpeechInput, Tts
+from jobs.schema import SpeechInput, Tts, VoiceConversion
 from jobs.settings import Settings
 
 BUILT_IN = "built-in"
@@ -46,17 +46,17 @@ class ResolvedVoice:
     prompt: VoicePrompt | None = None
 
 
-async def resolve_voice(request: SpeechInput, context: JobContext) -> ResolvedVoice:
+async def resolve_voice(request: SpeechInput | VoiceConversion, context: JobContext) -> ResolvedVoice:
     """Find the voice that a request names, or the deployment's default.
 
     Raises:
         JobError: voice_not_found, download_refused, reference_unreadable, reference_too_long.
         SpeechError: reference_unreadable, reference_too_short, reference_too_long, reference_silent.
     """
-    if request.reference_audio is not None:
-        prompt = await asyncio.to_thread(read_reference, request.reference_audio, "reference_audio", context)
-        return ResolvedVoice(REFERENCE, prompt)
-    if isinstance(request, Tts):
+    recorded = "target_audio" if isinstance(request, VoiceConversion) else "reference_audio"
+    if (source := getattr(request, recorded)) is not None:
+        return ResolvedVoice(REFERENCE, await asyncio.to_thread(read_reference, source, recorded, context))
+    if isinstance(request, Tts | VoiceConversion):
         for field in ("voice_id", "voice_name"):
             if (wanted := getattr(request, field)) is not None:
                 raise JobError("voice_not_found", f"no voice {wanted[:80]!r}: this worker has no voice library", field)
@@ -76,12 +76,19 @@ def read_reference(source: str, field: str, context: JobContext) -> VoicePrompt:
     Raises:
         JobError, SpeechError: as `resolve_voice`.
     """
-    from engine.audio.reading import check_reference, decode
+    from engine.audio.reading import check_reference
 
-    data = _fetch(source, field, context.settings, local_files=context.local_files)
-    audio, sample_rate = decode(data, max_duration_s=context.settings.max_reference_s, field=field)
+    audio, sample_rate = read_recording(source, field, context, context.settings.max_reference_s)
     check_reference(audio, sample_rate, field=field)
     return VoicePrompt(audio, sample_rate)
+
+
+def read_recording(source: str, field: str, context: JobContext, max_duration_s: float) -> tuple[FloatArray, int]:
+    """As `read_reference`, whatever the recording holds: float32 (T,) mono in [-1, 1] and its rate in Hz."""
+    from engine.audio.reading import decode
+
+    data = _fetch(source, field, context.settings, local_files=context.local_files)
+    return decode(data, max_duration_s=max_duration_s, field=field)
 
 
 def _fetch(source: str, field: str, settings: Settings, *, local_files: bool) -> bytes:

@@ -57,26 +57,13 @@ class JobInput(BaseModel):
     operation: str = DEFAULT_OPERATION
 
 
-class SpeechInput(JobInput):
-    """What operations that speak share: how to speak and what to deliver."""
+class AudioInput(JobInput):
+    """What operations that give audio share: the seed, and what to deliver."""
 
-    text: str | None = _field("text", "What to say")
     mode: Literal["basic", "streaming"] | None = _field(
         "basic or streaming", "`streaming` on a worker that does not stream returns the whole audio"
     )
-    reference_audio: str | None = _field(
-        "a recording as base64 or data URI", "A recording of the voice: base64 or data URI"
-    )
-    voice_name: str | None = _field("a name", "Name of a voice in the library")
-    language: str = _field("a language code such as en", "ISO 639-1 code", default="en")
     seed: int | None = _number(0, MAX_SEED, "The same seed and input give the same audio", integer=True)
-    temperature: float | None = _parameter("temperature", "Liveliness of the sampling")
-    top_p: float | None = _parameter("top_p", "Nucleus sampling")
-    top_k: int | None = _parameter("top_k", "Only the k likeliest tokens (turbo, nano)")
-    min_p: float | None = _parameter("min_p", "Drop tokens less likely than this share of the likeliest (original)")
-    repetition_penalty: float | None = _parameter("repetition_penalty", "Penalty on repeated tokens")
-    exaggeration: float | None = _parameter("exaggeration", "Emotion, 0.5 is neutral (original, multilingual)")
-    cfg_weight: float | None = _parameter("cfg_weight", "Guidance by the text, 0 is off (original, multilingual)")
     output_format: AudioFormat = _field("wav, flac, mp3 or opus", "wav, flac, mp3 or opus", default="wav")
     sample_rate: int | None = _number(
         MIN_SAMPLE_RATE, MAX_SAMPLE_RATE, "Hz of the audio; the default is the model's own rate", integer=True
@@ -88,6 +75,24 @@ class SpeechInput(JobInput):
     delivery: Literal["auto", "inline", "s3"] = _field(
         "auto, inline or s3", "How the audio is returned", default="auto"
     )
+
+
+class SpeechInput(AudioInput):
+    """What operations that speak a text share: how to speak."""
+
+    text: str | None = _field("text", "What to say")
+    reference_audio: str | None = _field(
+        "a recording as base64 or data URI", "A recording of the voice: base64 or data URI"
+    )
+    voice_name: str | None = _field("a name", "Name of a voice in the library")
+    language: str = _field("a language code such as en", "ISO 639-1 code", default="en")
+    temperature: float | None = _parameter("temperature", "Liveliness of the sampling")
+    top_p: float | None = _parameter("top_p", "Nucleus sampling")
+    top_k: int | None = _parameter("top_k", "Only the k likeliest tokens (turbo, nano)")
+    min_p: float | None = _parameter("min_p", "Drop tokens less likely than this share of the likeliest (original)")
+    repetition_penalty: float | None = _parameter("repetition_penalty", "Penalty on repeated tokens")
+    exaggeration: float | None = _parameter("exaggeration", "Emotion, 0.5 is neutral (original, multilingual)")
+    cfg_weight: float | None = _parameter("cfg_weight", "Guidance by the text, 0 is off (original, multilingual)")
 
 
 class Tts(SpeechInput):
@@ -108,13 +113,35 @@ class VoiceClone(SpeechInput):
     voice_name: str | None = _field("a name", "What to call the voice in the result")
 
 
+class VoiceConversion(AudioInput):
+    """Say a recording again in another voice."""
+
+    operation: Literal["voice_conversion"] = "voice_conversion"
+    input_audio: str = _field(
+        "a recording as base64 or data URI", "The recording to convert: base64 or data URI", default=...
+    )
+    target_audio: str | None = _field(
+        "a recording as base64 or data URI", "A recording of the voice to convert to: base64 or data URI"
+    )
+    voice_id: str | None = _field("an id", "Id of a voice in the library")
+    voice_name: str | None = _field("a name", "Name of a voice in the library")
+    transfer_mode: Literal["embedding", "audio"] | None = _field(
+        "embedding or audio", "Taken for other workers' sake: a voice is the same by its name and by its recording"
+    )
+
+
 class Info(JobInput):
     """Ask what this worker is."""
 
     operation: Literal["info"] = "info"
 
 
-INPUT_MODELS: Mapping[str, type[JobInput]] = {"tts": Tts, "voice_clone": VoiceClone, "info": Info}
+INPUT_MODELS: Mapping[str, type[JobInput]] = {
+    "tts": Tts,
+    "voice_clone": VoiceClone,
+    "voice_conversion": VoiceConversion,
+    "info": Info,
+}
 
 
 @dataclass(frozen=True)
@@ -202,15 +229,16 @@ def _first_problem(error: ValidationError, model: type[JobInput]) -> JobError:
 
 
 def _refuse_contradictions(request: JobInput) -> None:
-    if isinstance(request, Tts):
-        given = [name for name in ("voice_id", "voice_name", "reference_audio") if getattr(request, name) is not None]
+    if isinstance(request, Tts | VoiceConversion):
+        names = ("voice_id", "voice_name", "reference_audio", "target_audio")
+        given = [name for name in names if getattr(request, name, None) is not None]
         if len(given) > 1:
             raise JobError("invalid_request", f"at most one voice may be named, got {' and '.join(given)}", given[1])
-    if isinstance(request, SpeechInput):
+    if isinstance(request, AudioInput):
         _refuse_output_contradictions(request)
 
 
-def _refuse_output_contradictions(request: SpeechInput) -> None:
+def _refuse_output_contradictions(request: AudioInput) -> None:
     if request.loudness_lufs is not None and request.audio_normalization not in (None, "loudness"):
         raise JobError(
             "invalid_request",

@@ -72,10 +72,13 @@ class Settings(BaseSettings):
     bucket_secret_access_key: SecretStr | None = Field(default=None, description="S3 secret key. Not built yet")
     max_text_chars: int = Field(default=5_000, ge=1, le=500_000, description="Longest text of a `tts` job, characters")
     max_reference_bytes: int = Field(
-        default=64_000_000, ge=1_000, le=2**31, description="Largest reference recording, bytes after base64 decoding"
+        default=64_000_000, ge=1_000, le=2**31, description="Largest recording, bytes after base64 decoding"
     )
     max_reference_s: float = Field(
         default=600.0, ge=1.0, le=36_000.0, description="Longest reference recording, seconds"
+    )
+    max_input_s: float = Field(
+        default=600.0, ge=1.0, le=36_000.0, description="Longest recording of a `voice_conversion` job, seconds"
     )
     max_result_bytes: int = Field(
         default=10_000_000,
@@ -117,6 +120,7 @@ class Settings(BaseSettings):
             "max_text_chars",
             "max_reference_bytes",
             "max_reference_s",
+            "max_input_s",
             "max_result_bytes",
             "job_timeout_s",
             "max_concurrency",

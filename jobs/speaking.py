@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from engine.types import PARAMETERS, Chunk, Speech, SpeechRequest
@@ -12,7 +13,7 @@ from jobs import delivery
 from jobs.context import JobContext
 from jobs.errors import JobError
 from jobs.reference import ResolvedVoice
-from jobs.schema import SpeechInput
+from jobs.schema import AudioInput, SpeechInput
 
 NOT_STREAMED = "this worker does not stream; the whole audio is returned"
 
@@ -57,9 +58,27 @@ async def speak(
     Raises:
         JobError, SpeechError: see the job API's codes.
     """
+    spoken = _speech_request(request, text, language, voice)
+    return await answer(request, voice.name, lambda: context.engine.submit(spoken), context)
+
+
+async def answer(
+    request: AudioInput, voice_name: str, start: Callable[[], Future[Speech]], context: JobContext
+) -> dict[str, Any]:
+    """Have the engine's work done and build the result of the job API, audio included.
+
+    Args:
+        request: the job.
+        voice_name: what the result calls the voice.
+        start: gives the engine its work; not called where the output could not be made.
+        context: the job's surroundings.
+
+    Raises:
+        JobError, SpeechError: see the job API's codes.
+    """
     delivery.check_output(request, context.engine.sample_rate)
     condition_s = context.elapsed_s  # reading and decoding the reference is part of what a voice costs
-    speech = await asyncio.wrap_future(context.engine.submit(_speech_request(request, text, language, voice)))
+    speech = await asyncio.wrap_future(start())
     encoded = await asyncio.to_thread(delivery.encode, speech, request)
     return {
         "audio": encoded.audio_base64,
@@ -67,7 +86,7 @@ async def speak(
         "sample_rate": encoded.sample_rate,
         "duration_s": round(encoded.duration_s, 4),
         "model": speech.model,
-        "voice": voice.name,
+        "voice": voice_name,
         "seed": speech.seed,
         "chunks": [_chunk(chunk) for chunk in speech.chunks],
         "timings": _timings(speech, condition_s, encoded, context.elapsed_s),
@@ -99,6 +118,6 @@ def _timings(speech: Speech, condition_s: float, encoded: delivery.Encoded, tota
     return {name: round(seconds, 4) for name, seconds in timings.items()}
 
 
-def _warnings(request: SpeechInput, speech: Speech, encoded: delivery.Encoded, context: JobContext) -> list[str]:
+def _warnings(request: AudioInput, speech: Speech, encoded: delivery.Encoded, context: JobContext) -> list[str]:
     streamed = (NOT_STREAMED,) if request.mode == "streaming" else ()
     return list(dict.fromkeys((*context.warnings, *streamed, *speech.warnings, *encoded.warnings)))

@@ -17,7 +17,7 @@ from engine.errors import SpeechError
 from engine.hub import download_bar
 from engine.models import DRAFT
 from engine.types import EngineConfig
-from jobs import delivery, info, tts, voice_clone
+from jobs import delivery, info, tts, voice_clone, voice_conversion
 from jobs.context import JobContext, SpeechEngine
 from jobs.errors import JobError, error_result
 from jobs.schema import parse_job
@@ -26,6 +26,7 @@ from jobs.settings import Settings
 OPERATIONS: Mapping[str, Callable[[Any, JobContext], Awaitable[dict[str, Any]]]] = {
     "tts": tts.run,
     "voice_clone": voice_clone.run,
+    "voice_conversion": voice_conversion.run,
     "info": info.run,
 }
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from engine.types import Chunk, FloatArray, Speech, SpeechRequest
+from engine.audio.mastering import resample
+from engine.types import Chunk, ConversionRequest, FloatArray, Speech, SpeechRequest
 from jobs.settings import Settings
 from jobs.worker import Worker
 
@@ -25,9 +26,12 @@ class ToneEngine:
     model = "tone"
     sample_rate = RATE
     languages = ("en", "fr")
+    converts = True
+    """Whether recordings are answered, with themselves; else they are left pending."""
 
     def __init__(self, answer: Callable[[SpeechRequest, Future[Speech]], None] | None = None) -> None:
         self.requests: list[SpeechRequest] = []
+        self.conversions: list[ConversionRequest] = []
         self.futures: list[Future[Speech]] = []
         self.closed = False
         self._answer = answer or self.finish
@@ -37,6 +41,16 @@ class ToneEngine:
         self.requests.append(request)
         self.futures.append(future)
         self._answer(request, future)
+        return future
+
+    def submit_conversion(self, request: ConversionRequest) -> Future[Speech]:
+        future: Future[Speech] = Future()
+        self.conversions.append(request)
+        self.futures.append(future)
+        if self.converts:
+            waveform = resample(request.audio, request.sample_rate, RATE)
+            chunk = Chunk(0, "", 0.0, waveform.size / RATE)
+            future.set_result(Speech(waveform, RATE, (chunk,), request.known_seed, "tone", watermarked=True))
         return future
 
     def finish(self, request: SpeechRequest, future: Future[Speech]) -> None:

@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 
 from jobs.compat import FIELD_ALIASES, IGNORED_FIELDS, UNSERVED_FIELDS
 from jobs.errors import CODES
-from jobs.schema import Tts
+from jobs.schema import Tts, VoiceConversion
 from jobs.worker import Worker
 
 TEXT = st.text(st.characters(), max_size=20)  # half surrogate pairs included: JSON can carry them
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
-NAMES = st.sampled_from([*Tts.model_fields, *FIELD_ALIASES, *IGNORED_FIELDS, *UNSERVED_FIELDS]) | TEXT
+KNOWN = [*Tts.model_fields, *VoiceConversion.model_fields, *FIELD_ALIASES, *IGNORED_FIELDS, *UNSERVED_FIELDS]
+NAMES = st.sampled_from(KNOWN) | TEXT
 LIKELY = st.fixed_dictionaries(
     {},
     optional={
         "text": st.sampled_from(["Hello", "", "😀", "a" * 6_000]) | VALUES,
-        "operation": st.sampled_from(["tts", "voice_clone", "voice_cloning", "info"]) | VALUES,
+        "operation": st.sampled_from(["tts", "voice_clone", "voice_cloning", "voice_transfer", "info"]) | VALUES,
+        "input_audio": st.sampled_from(["AAAA", "data:,x", "file:x"]) | VALUES,
         "reference_audio": st.sampled_from(["AAAA", "data:,x", "file:x", "s3://b/k"]) | VALUES,
         "temperature": st.floats(0, 2) | VALUES,
         "output_format": st.sampled_from(["wav", "opus"]) | VALUES,
