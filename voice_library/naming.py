@@ -65,13 +65,18 @@ def _name_problem(name: str) -> str | None:
         return f"of at most {MAX_NAME_CHARS} characters"
     if any(char in "/\\" for char in name) or name.startswith("."):
         return "without '/' or '\\' that does not start with '.'"
-    if any(is_refused_char(char) for char in name):
+    if has_refused_char(name):
         return "without control or invisible characters"
     return None
 
 
+def has_refused_char(text: str) -> bool:
+    """Whether something in a line of text has no place in a text for people."""
+    return not text.isprintable() and any(is_refused_char(char) for char in text)
+
+
 def is_refused_char(char: str) -> bool:
-    """Whether a character has no place in a line of text for people."""
+    """Whether a character is one for control, invisible, half or unassigned."""
     return unicodedata.category(char) in _REFUSED_CATEGORIES and char not in _JOINERS
 
 
@@ -98,5 +103,5 @@ def text_hash(text: str) -> str:
 
 def _shown(value: object) -> str:
     """A value in a message: short, and harmless to print (ascii escapes halves of surrogate pairs too)."""
-    text = ascii(value) if not isinstance(value, str) or any(map(is_refused_char, value[:60])) else repr(value)
+    text = repr(value) if isinstance(value, str) and not has_refused_char(value[:60]) else ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
