@@ -20,13 +20,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from voice_library import naming
 from voice_library.errors import LibraryError
 from voice_library.frames import FloatArray
+from voice_library.library import VoiceLibrary
 from voice_library.metadata import Voice
 from voice_library.pickles import PickleError, is_array, read_pickle, to_array, to_number
 from voice_library.quality import MAX_RATE_HZ, MIN_RATE_HZ, assess, prepare_reference
@@ -55,14 +56,6 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "created": ("created", "created_at", "created_date", "timestamp"),
 }
 """Where the facts of a voice are found in these files: the first of each that is there counts."""
-
-
-class _Library(Protocol):
-    """What an import needs of a `VoiceLibrary`."""
-
-    def get(self, voice_id: str) -> Voice: ...
-
-    def add(self, name: str, audio: FloatArray, sample_rate: int, **about: Any) -> Voice: ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,7 @@ class _Catalogue:
 
 def import_legacy(
     folder: Path | str,
-    library: _Library,
+    library: VoiceLibrary,
     *,
     trim: bool = False,
     on_found: Callable[[int], None] = lambda count: None,
@@ -202,7 +195,7 @@ def read_recording(path: Path) -> tuple[FloatArray, int, tuple[str, ...]]:
 # ----------------------------------------------------------------------------------------- one voice
 
 
-def _import_voice(voice: LegacyVoice, library: _Library, trim: bool) -> Imported:
+def _import_voice(voice: LegacyVoice, library: VoiceLibrary, trim: bool) -> Imported:
     voice_id, name, notes = _safe_id(voice), _safe_name(voice), list(_renaming_notes(voice))
     if (there := _already_there(library, voice_id)) is not None:
         return Imported(voice.legacy_id, "skipped", "already in the library", voice_id, there.name)
@@ -224,7 +217,7 @@ def _import_voice(voice: LegacyVoice, library: _Library, trim: bool) -> Imported
     return Imported(voice.legacy_id, "imported", "", added.voice_id, added.name, tuple(notes))
 
 
-def _already_there(library: _Library, voice_id: str) -> Voice | None:
+def _already_there(library: VoiceLibrary, voice_id: str) -> Voice | None:
     try:
         return library.get(voice_id)
     except LibraryError as error:
@@ -242,7 +235,7 @@ def _judge(audio: FloatArray, rate: int, trim: bool) -> tuple[FloatArray, int, d
 
 
 def _add(
-    library: _Library, name: str, audio: FloatArray, rate: int, voice_id: str, about: dict[str, Any]
+    library: VoiceLibrary, name: str, audio: FloatArray, rate: int, voice_id: str, about: dict[str, Any]
 ) -> tuple[Voice, list[str]]:
     """Add a voice; a fact that the library does not take is left out and named, rather than the voice."""
     left_out: list[str] = []
@@ -270,7 +263,7 @@ def _safe_name(voice: LegacyVoice) -> str:
     try:
         return naming.check_name(voice.name)
     except LibraryError:
-        kept = (" " if char in "/\\" or naming.is_refused_char(char) else char for char in voice.name)
+        kept = (" " if char in "/\\" or naming.has_refused_char(char) else char for char in voice.name)
         plain = " ".join("".join(kept).split()).lstrip(". ")[: naming.MAX_NAME_CHARS].strip()
         return plain or _safe_id(voice)
 

@@ -358,7 +358,8 @@ def test_what_is_not_a_recording_is_refused_with_the_reason(
 
 def test_an_array_that_claims_more_data_than_it_has_is_refused(legacy: LegacyFolder, library: VoiceLibrary) -> None:
     array = np.arange(7, dtype=np.float32)
-    rebuild, args, state = array.__reduce__()[:3]
+    reduced: Any = array.__reduce__()
+    rebuild, args, state = reduced
 
     class Lies:
         def __reduce__(self) -> Any:
