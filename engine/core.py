@@ -10,8 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from engine import guard
 from engine.errors import SpeechError
 from engine.models import SPEECH_TOKEN_RATE, ModelSpec
 from engine.s3gen.renderer import Pass, Renderer
-from engine.scheduler import Scheduler, Ticket
+from engine.scheduler import Scheduler, Ticket, in_turns
 from engine.t3.decoder import DecodedRow, Decoder, DecodeRequest
 from engine.types import SAMPLE_RATE, IntArray
 from engine.utterance import Utterance, as_speech_error, fail, is_out_of_memory
@@ -386,16 +385,6 @@ class Core:
     def _fail(self, utterance: Utterance, error: Exception) -> None:
         self._drop(utterance.id)
         fail(utterance, as_speech_error(error))
-
-
-def in_turns(ready: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(job, pass) pairs in the order of serving: the first of every job, then the second of every job, and so on."""
-    num_before: Counter[int] = Counter()
-    rounds = []
-    for job, _ in ready:
-        rounds.append(num_before[job])
-        num_before[job] += 1
-    return [pair for _, pair in sorted(zip(rounds, ready, strict=True), key=lambda item: item[0])]
 
 
 def _is_looping(row: DecodedRow) -> bool:

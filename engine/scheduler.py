@@ -7,7 +7,8 @@ joins the round that is under way, so that neither a long job nor a crowd of sho
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 STREAM_TURNS = 4
@@ -98,3 +99,13 @@ class Scheduler:
         """Drop a job's waiting chunks; how many there were."""
         queues = [jobs.pop(job) for jobs in self._classes.values() if job in jobs]
         return sum(len(queue.tickets) for queue in queues)
+
+
+def in_turns(ready: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(job, pass) pairs in the order of serving: the first of every job, then the second of every job, and so on."""
+    num_before: Counter[int] = Counter()
+    rounds = []
+    for job, _ in ready:
+        rounds.append(num_before[job])
+        num_before[job] += 1
+    return [pair for _, pair in sorted(zip(rounds, ready, strict=True), key=lambda item: item[0])]

@@ -28,10 +28,10 @@ from engine.conversion import (
     loudness_db,
     split,
 )
-from engine.core import in_turns
 from engine.listening import Listener, merge, plan_windows
 from engine.s3gen.renderer import Pass, Renderer
 from engine.s3gen.vocoder import SourceNoise
+from engine.scheduler import in_turns
 from engine.types import FloatArray
 from engine.upstream import chatterbox
 from tests.engine.conftest import Checkpoint, Upstream
@@ -112,7 +112,7 @@ def upstream_conversion(
     ("model", "duration_s", "sample_rate", "target_s"),
     [
         ("original", 3.0, 24_000, 4.0),
-        ("original", 2.37, 22_050, 3.33),  # an odd number of frames in the prompt
+        ("original", 2.37, 22_050, 3.34),  # an odd number of frames in the prompt
         ("original", 4.1, 16_000, None),
         ("multilingual", 2.0, 44_100, None),
         ("turbo", 3.33, 48_000, None),
@@ -152,7 +152,7 @@ def test_a_short_clip_becomes_upstreams_tokens_and_waveform_given_the_same_noise
     assert one.tokens.tolist() == tokens
     assert len(set(tokens)) > 10 and theirs.std() > 0.003, "a test of nothing"
     num_lost = len(tokens) * TOKEN - theirs.size  # 20 ms at the front, where the prompt's frames are odd in number
-    assert num_lost in (0, TOKEN // 2)
+    assert num_lost == (TOKEN // 2 if target_s == 3.34 else 0)
     ours = speech.waveform[num_lost:]
     assert not speech.waveform[:num_lost].any()
     common = min(ours.size, theirs.size) - EDGE
@@ -445,7 +445,7 @@ def test_cancelling_a_conversion_while_it_waits_listens_or_speaks_frees_all_it_h
 
     def render_and_cancel(self: Renderer, passes: list[Pass]) -> Any:
         nonlocal rendered
-        rendered += 1
+        rendered += len(passes)
         futures[0].cancel()
         return render(self, passes)
 
@@ -471,10 +471,9 @@ def test_cancelling_a_conversion_while_it_waits_listens_or_speaks_frees_all_it_h
     for future in futures[1:]:
         with pytest.raises(CancelledError):
             future.result()
-    monkeypatch.undo()
-    assert convert(turbo, long_recording[:RATE]).result().duration_s == 1.0
-    assert heard == 1, "the other windows were heard for nobody"
-    assert rendered == 1
+    assert convert(turbo, long_recording[:RATE]).result().duration_s == 1.0  # heard after all before it
+    assert heard == 2, "windows were heard for nobody"
+    assert rendered == 2
     wait_until_idle(turbo)
 
 
