@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from engine.errors import SpeechError
+from engine.kernels import HalfMatrix, product
 from engine.machine import Probe, probe
-from engine.packed import X86
 
 MIN_BF16_GAIN = 1.1
 """How much faster bf16 must be measured before it is worth its lost digits; below lies timing noise."""
@@ -42,7 +43,7 @@ class DevicePlan:
 
     Args:
         device: "cpu", "mps" or "cuda:N".
-        dtype: "float32" or "bfloat16", of T3's weights.
+        dtype: "float32", "bfloat16" or, on x86 CPUs, "float16", of T3's weights.
         num_threads: of torch on the CPU.
         reasons: why, one sentence per decision.
         warnings: what the user should know.
@@ -69,6 +70,12 @@ class DevicePlan:
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         return dtypes[self.dtype]
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of T3's keys and values. On a CPU bf16 ones would be emulated."""
+        is_short = self.device_type == "cuda" or self.dtype == "float16"
+        return self.torch_dtype if is_short else torch.float32
+
 
 @dataclass(frozen=True)
 class _Choice:
@@ -85,8 +92,7 @@ def choose(probe: Probe, device: str = "auto", dtype: str = "auto", num_threads:
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        dtype: "auto", "float32", "bfloat16" or, on an x86 CPU, "float16": never chosen by itself, because packing
-            the weights costs seconds at load (see `engine.packed`).
+        dtype: "auto", "float32", "bfloat16" or, where `engine.kernels` run, "float16".
         num_threads: None for one per performance core.
 
     Raises:
@@ -95,6 +101,8 @@ def choose(probe: Probe, device: str = "auto", dtype: str = "auto", num_threads:
     """
     place = _choose_device(probe, device)
     t3 = _choose_dtype(probe, place.value, dtype, probe.bf16_gain, "T3")
+    if dtype == "auto" and place.value == "cpu" and probe.half_kernels:
+        t3 = _choose_half(probe, t3)
     # float16 is a layout of T3's matrices on a CPU; the flow's masks overflow in it.
     flow_dtype = "float32" if dtype == "float16" else dtype
     flow = _choose_dtype(probe, place.value, flow_dtype, probe.bf16_flow_gain, "flow")
@@ -174,9 +182,10 @@ def _has_bf16(probe: Probe, device: str) -> bool:
 def _choose_dtype(probe: Probe, device: str, wanted: str, gain: float | None, part: str) -> _Choice:
     if wanted not in DTYPES:
         raise SpeechError("invalid_request", f"expected dtype {', '.join(DTYPES)}, got {wanted!r}", "dtype")
-    if wanted == "float16" and (device != "cpu" or probe.machine.lower() not in X86):
+    if wanted == "float16" and (device != "cpu" or not probe.half_kernels):
+        where = f"{device} on {probe.system} {probe.machine}"
         raise SpeechError(
-            "invalid_request", f"dtype float16 is for x86 CPUs, this is {device} on {probe.machine}", "dtype"
+            "invalid_request", f"dtype float16 is for x86 CPUs with AVX2 under Linux, this is {where}", "dtype"
         )
     emulated = wanted == "bfloat16" and device.startswith("cuda") and not _has_bf16(probe, device)
     if wanted != "auto":
@@ -197,6 +206,16 @@ def _choose_measured(gain: float | None, part: str, *, native: bool) -> _Choice:
     value = "bfloat16" if gain >= MIN_BF16_GAIN else "float32"
     hardware = "with" if native else "without"
     return _Choice(value, f"{part} {value}: bf16 measured at {gain:.2f} x float32 on this CPU {hardware} bf16 hardware")
+
+
+def _choose_half(probe: Probe, otherwise: _Choice) -> _Choice:
+    """float16 for T3, unless bf16 hardware was measured to be faster still."""
+    if probe.half_gain is None or probe.bf16_gain is None:
+        return _Choice("float16", "T3 float16: half the bytes to read, and reading bounds decoding on a CPU")
+    measured = f"measured at {probe.half_gain:.2f} x float32 on this CPU, bf16 at {probe.bf16_gain:.2f} x"
+    if probe.half_gain < max(MIN_BF16_GAIN, probe.bf16_gain):
+        return dataclasses.replace(otherwise, reason=f"{otherwise.reason}; float16 {measured}")
+    return _Choice("float16", f"T3 float16: {measured}")
 
 
 def _choose_threads(probe: Probe, wanted: int | None) -> tuple[int, str]:
@@ -278,7 +297,11 @@ def resolve(
     apply(plan)  # before measuring: the gain depends on the number of threads
     # Without the hardware bf16 is emulated, which loses as soon as two rows share a step.
     if dtype == "auto" and plan.device == "cpu" and found.cpu_bf16:
-        gains = {"bf16_gain": measure_bf16_gain("cpu", rows), "bf16_flow_gain": measure_bf16_gain("cpu", FLOW_ROWS)}
+        gains = {
+            "bf16_gain": measure_gain("bfloat16", rows),
+            "bf16_flow_gain": measure_gain("bfloat16", FLOW_ROWS),
+            "half_gain": measure_gain("float16", rows) if found.half_kernels else None,
+        }
         found = dataclasses.replace(found, **gains)  # type: ignore[arg-type]
         plan = choose(found, device, dtype, num_threads)
     return plan, found
@@ -315,13 +338,18 @@ def autocast(plan: DevicePlan) -> AbstractContextManager[Any]:
 # -------------------------------------------------------------------------------------- measuring
 
 
-def measure_bf16_gain(device: str = "cpu", rows: int = 1) -> float:
-    """Times by which bf16 is faster than float32 for a chain of products of T3's sizes, 1024 to 4096 and back.
+def measure_gain(dtype: str, rows: int = 1) -> float:
+    """Times by which a dtype is faster than float32 on the CPU, for a chain of products of T3's sizes, 1024 to 4096
+    and back.
 
     The chain is 134 MB in float32, more than most caches hold, because decoding reads all weights at every step.
     Takes a few hundred milliseconds and measures with torch's current number of threads; nothing is cached here.
+
+    Args:
+        dtype: "bfloat16" by torch's own products, or "float16" by `engine.kernels`.
+        rows: multiplied at once.
     """
-    runs = [_product_chain(device, rows, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    runs = [_product_chain(rows, "float32"), _product_chain(rows, dtype)]
     best = [float("inf")] * len(runs)
     for turn in range(4):  # in turns, so that a busy moment of the machine meets both
         for index, run in enumerate(runs):
@@ -331,17 +359,22 @@ def measure_bf16_gain(device: str = "cpu", rows: int = 1) -> float:
     return best[0] / best[1]
 
 
-def _product_chain(device: str, rows: int, dtype: torch.dtype) -> Callable[[], float]:
+def _product_chain(rows: int, dtype: str) -> Callable[[], float]:
     shapes = [(4096, 1024), (1024, 4096)] * (4 if rows < 64 else 1)  # large products are bound by arithmetic
-    weights = [torch.full(shape, 1.0 / shape[1], dtype=dtype, device=device) for shape in shapes]
-    start = torch.ones(rows, 1024, dtype=dtype, device=device)
+    products = [_product_by(torch.full(shape, 1.0 / shape[1]), dtype) for shape in shapes]
+    start = torch.ones(rows, 1024, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
     def run() -> float:
         hidden, began = start, time.perf_counter()
         with torch.inference_mode():
-            for weight in weights:
-                hidden = torch.nn.functional.linear(hidden, weight)
-            float(hidden[0, 0])  # waits for the device
+            for multiply in products:
+                hidden = multiply(hidden)
         return time.perf_counter() - began
 
     return run
+
+
+def _product_by(weight: torch.Tensor, dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if dtype == "float16":
+        return functools.partial(product, matrix=HalfMatrix.pack(weight, None))
+    return functools.partial(torch.nn.functional.linear, weight=weight.to(getattr(torch, dtype)))

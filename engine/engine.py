@@ -381,15 +381,14 @@ def _load_models(checkpoint: Checkpoint, plan: DevicePlan) -> _Models:
 
 def _make_decoder(config: EngineConfig, plan: DevicePlan, t3: T3, length: int) -> Decoder:
     """Rows of `length` positions, as many as asked for or as memory allows."""
-    cache_dtype = plan.torch_dtype if plan.device_type == "cuda" else torch.float32
     rows_per_chunk = 2 if t3.uses_guidance else 1
-    row_bytes = length * KVCache.num_bytes_per_position(t3.shape, cache_dtype)
+    row_bytes = length * KVCache.num_bytes_per_position(t3.shape, plan.cache_dtype)
     return Decoder(
         t3,
         num_rows=rows_per_chunk * (config.max_rows or choose_rows(plan, rows_per_chunk * row_bytes)),
         length=length,
         max_new_tokens=length,
-        cache_dtype=cache_dtype,
+        cache_dtype=plan.cache_dtype,
         prefill_budget=PREFILL_BUDGET[plan.device_type],
         use_graphs=config.use_graphs,
     )

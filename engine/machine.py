@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from engine.kernels import can_compile
+
 _BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _PROBE_ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -46,6 +48,8 @@ class Probe:
         env: the variables that bear on the choice.
         bf16_gain: times by which bf16 was measured faster than float32 for a decoding step.
         bf16_flow_gain: the same for the flow's large products; None where nothing was measured.
+        half_kernels: T3's float16 kernels run on this CPU (`engine.kernels`).
+        half_gain: times by which they were measured faster than float32.
     """
 
     system: str
@@ -61,6 +65,8 @@ class Probe:
     env: Mapping[str, str] = field(default_factory=dict)
     bf16_gain: float | None = None
     bf16_flow_gain: float | None = None
+    half_kernels: bool = False
+    half_gain: float | None = None
 
 
 def probe() -> Probe:
@@ -75,6 +81,7 @@ def probe() -> Probe:
         cuda_arches=tuple(torch.cuda.get_arch_list()) if cuda else (),
         mps_built=torch.backends.mps.is_built(),
         mps_available=torch.backends.mps.is_available(),
+        half_kernels=can_compile(),
         env={name: os.environ[name] for name in _PROBE_ENVIRONMENT if name in os.environ},
         **cores,
     )

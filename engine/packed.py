@@ -5,11 +5,8 @@ square ones. oneDNN, which torch brings along, lays a weight out once for its ke
 a handful of rows (decoding), or some hundreds (prefill, the flow), 1.5 to 2 times as fast, in the same
 float32. Laying out costs about as much as reading the weights.
 
-Decoding a few rows is bound by reading the weights, so half the bytes are up to half the time: FBGEMM,
-also in torch, keeps them in float16 and multiplies in float32. Of bfloat16 and float16, float16 has eight
-times the precision at the same size, and weights lie well inside its range. But its packing is slow
-(some 60 ns of CPU time per weight, seconds for a model), so that is chosen by a setting (DTYPE=float16) and
-never by itself: it pays in a process that goes on to speak minutes.
+Decoding a few rows is bound by reading the weights, so half the bytes are up to half the time: there T3's
+matrices are kept in float16 and multiplied in float32 (`engine.kernels`).
 """
 
 from __future__ import annotations
@@ -21,6 +18,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from engine.kernels import HalfMatrix, product
 
 X86 = ("x86_64", "amd64")
 
@@ -43,19 +42,19 @@ class PackedLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """A projection with float16 weights in FBGEMM's layout, float32 in and out.
+    """A projection with float16 weights, float32 in and out.
 
     Args:
-        layer: whose weight and bias are packed; it is not kept.
+        layer: whose weight and bias are laid out; it is not kept.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        bias = None if layer.bias is None else layer.bias.detach().float()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(layer.weight.detach().float(), bias)
+        self.out_features = layer.out_features
+        self.matrix = HalfMatrix.pack(layer.weight.detach(), layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return product(x, self.matrix)
 
 
 def can_pack() -> bool:

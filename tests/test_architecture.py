@@ -32,6 +32,7 @@ ENGINE_ORDER = (
         "errors",
         "types",
         "models",
+        "kernels",
         "machine",
         "packed",
         "device",

@@ -6,13 +6,14 @@ see. Rows of any length share one pass, nothing is reshaped, and the same code r
 and captured in a CUDA graph.
 
 Weights are upstream's, with projections that read the same input fused at load (`backbone_keys`).
-Norms, softmax and the residual stream stay float32; the matrices and, on CUDA, the cache may be bf16.
+Norms, softmax and the residual stream stay float32; the matrices and the cache may be bf16 on CUDA, and float16
+on an x86 CPU, where decoding reads them with kernels of our own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.kernels import DecodeAttention, attend
 from engine.keymap import Key
 
 HEAD_DIM = 64
@@ -58,6 +60,29 @@ class KVCache:
         # Zeros, not empty: masked positions are multiplied by zero weights, and 0 × NaN is NaN.
         self.keys, self.values = _zeros(size, device, dtype), _zeros(size, device, dtype)
         self.num_rows, self.length = num_rows, length
+        self._is_read_in_place = device.type == "cpu" and dtype == torch.float16
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: Window, mask: Tensor) -> Tensor:
+        """Write a layer's new keys and values and attend to what each row sees: a decoding step on a CPU reads a
+        float16 cache where it lies, all else goes through torch's operator.
+
+        Args:
+            query, key, value: float32 (rows, heads, n, head_dim).
+            mask: bool (rows, 1, n, window's length).
+
+        Returns:
+            (rows, n, width).
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if self._is_read_in_place and isinstance(window.rows, slice) and query.shape[2] == 1:
+            rows, positions = window.rows, window.positions[:, 0]
+            step = DecodeAttention(query, key, value, keys[rows], values[rows], positions)
+            return attend(step, window.length)[:, None]
+        seen = window.update(keys, key), window.update(values, value)
+        if self._is_read_in_place:
+            seen = seen[0].float(), seen[1].float()
+        attended = F.scaled_dot_product_attention(query.to(seen[0].dtype), *seen, attn_mask=mask)
+        return attended.transpose(1, 2).flatten(2)
 
     @staticmethod
     def num_bytes_per_position(shape: BackboneShape, dtype: torch.dtype) -> int:
@@ -105,10 +130,13 @@ class Window:
         return cache[self.rows, :, : self.length]
 
 
+_NUMPY_DTYPES: Mapping[torch.dtype, type] = {torch.float32: np.float32, torch.float16: np.float16}
+
+
 def _zeros(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Zeros; on a CPU, pages that the system hands out when they are first written (numpy's calloc)."""
-    if device.type == "cpu" and dtype == torch.float32:
-        return torch.from_numpy(np.zeros(size, dtype=np.float32))
+    if device.type == "cpu" and dtype in _NUMPY_DTYPES:
+        return torch.from_numpy(np.zeros(size, dtype=_NUMPY_DTYPES[dtype]))
     return torch.zeros(size, device=device, dtype=dtype)
 
 
@@ -126,16 +154,14 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, n, head_dim)
         if rope is not None:
             query, key = rope.rotate(query), rope.rotate(key)
-        keys, values = window.update(cache.keys[layer], key), window.update(cache.values[layer], value)
-        attended = F.scaled_dot_product_attention(query.to(keys.dtype), keys, values, attn_mask=mask)
-        return project(attended.transpose(1, 2).reshape(num_rows, num_new, width), self.out)
+        return project(cache.attend(layer, query, key, value, window, mask), self.out)
 
 
 def project(x: Tensor, layer: nn.Module) -> Tensor:
     """A projection in the weights' dtype, its result in float32."""
     if isinstance(layer, nn.Linear):
         return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias).float()
-    return layer(x)  # a `PackedLinear`
+    return layer(x)  # a `PackedLinear` or a `HalfLinear`
 
 
 class Gpt2Layer(nn.Module):

@@ -220,7 +220,7 @@ def load_t3(path: Path, device: torch.device, dtype: torch.dtype, *, pack: bool 
         with without_weights():
             model = T3(**read_t3_arguments(shapes))
         keys = list(t3_keys(model.shape, shapes))
-        if device.type == "cpu" and dtype == torch.float32:
+        if device.type == "cpu" and dtype != torch.bfloat16:
             # The text embedding is a tenth of the weights, and a text reads a few hundred of its rows: it stays in
             # the mapped file, and only the rows that are read come into memory.
             model.text_embedding.weight = nn.Parameter(weights.tensor(_TEXT_EMBEDDING), requires_grad=False)

@@ -116,7 +116,7 @@ def _load_ours(options: Options, folder: Path, contender: Contender, t3: T3, pla
         num_rows=num_chunks * (2 if spec.uses_cfg else 1),
         length=num_voice_positions + NUM_TEXT_TOKENS + 4 + num_tokens,
         max_new_tokens=num_tokens,
-        cache_dtype=plan.torch_dtype if plan.device_type == "cuda" else torch.float32,
+        cache_dtype=plan.cache_dtype,
     )
     prefix = _builtin_prefix(options, folder, decoder)
     seeds = itertools.count(1)

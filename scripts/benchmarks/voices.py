@@ -69,7 +69,7 @@ def _load_ours(options: Options, folder: Path, contender: Contender, audio: Floa
         num_rows=2,
         length=8,
         max_new_tokens=1,
-        cache_dtype=plan.torch_dtype if plan.device_type == "cuda" else torch.float32,
+        cache_dtype=plan.cache_dtype,
         use_graphs=False,
     )
 

@@ -18,10 +18,11 @@ from engine.device import (
     choose,
     exact_float32,
     fall_back_to_cpu,
-    measure_bf16_gain,
+    measure_gain,
     try_on_mps,
 )
 from engine.errors import SpeechError
+from engine.kernels import can_compile
 from engine.machine import CudaDevice, Probe, has_bf16_flag, parse_cpu_list, parse_cpu_quota, probe
 
 ARCHES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
@@ -200,17 +201,41 @@ def test_autocast_follows_the_flow_dtype_and_exact_float32_switches_it_off() -> 
 
 
 @pytest.mark.parametrize("rows", [1, 64])
-def test_the_measured_gain_is_a_positive_ratio(rows: int) -> None:
-    assert 0.01 < measure_bf16_gain("cpu", rows) < 100
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", pytest.param("float16", marks=pytest.mark.skipif(not can_compile(), reason="needs the CPU kernels"))],
+)
+def test_the_measured_gain_is_a_positive_ratio(rows: int, dtype: str) -> None:
+    assert 0.01 < measure_gain(dtype, rows) < 100
 
 
-def test_float16_is_for_x86_cpus_and_leaves_the_flow_in_float32() -> None:
-    plan = choose(SERVER, dtype="float16")
+WITH_KERNELS = dataclasses.replace(SERVER, half_kernels=True)
+
+
+def test_float16_is_for_cpus_with_kernels_and_leaves_the_flow_in_float32() -> None:
+    plan = choose(WITH_KERNELS, dtype="float16")
     assert (plan.dtype, plan.flow_dtype, plan.torch_dtype) == ("float16", "float32", torch.float16)
-    for probed, device in ((MACBOOK, "cpu"), (with_gpu(AMPERE), "cuda")):
+    for probed, device in ((SERVER, "cpu"), (MACBOOK, "cpu"), (with_gpu(AMPERE), "cuda")):
         with pytest.raises(SpeechError, match="x86") as caught:
             choose(probed, device, "float16")
         assert caught.value.field == "dtype"
+
+
+def test_float16_is_the_automatic_choice_where_its_kernels_run() -> None:
+    plan = choose(WITH_KERNELS)
+    assert (plan.dtype, plan.flow_dtype, plan.cache_dtype) == ("float16", "float32", torch.float16)
+    assert choose(WITH_KERNELS, dtype="float32").dtype == "float32"
+    assert choose(dataclasses.replace(with_gpu(AMPERE), half_kernels=True)).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("half", "bf16", "chosen"), [(1.9, 1.7, "float16"), (1.7, 1.9, "bfloat16"), (0.9, 0.8, "float32")]
+)
+def test_where_bf16_is_measured_the_faster_of_the_two_short_dtypes_is_chosen(
+    half: float, bf16: float, chosen: str
+) -> None:
+    probed = dataclasses.replace(WITH_KERNELS, cpu_bf16=True, half_gain=half, bf16_gain=bf16, bf16_flow_gain=1.0)
+    assert choose(probed).dtype == chosen
 
 
 def test_this_machine_can_be_probed_and_planned_for() -> None:

@@ -1,0 +1,16 @@
+"""What decoding on a CPU spends its time on, in kernels of our own: products with float16 weights, attention over a
+float16 cache.
+
+Decoding is bound by reading weights and cache from memory, and torch has no kernel on a CPU that reads them in half
+the bytes, computes in float32 and costs nothing to lay out: bf16 is emulated where the hardware lacks it, FBGEMM's
+float16 packs for tens of seconds. These kernels are written as LLVM IR, compiled at load in a fraction of a second
+(llvmlite, which librosa brings along) for the very CPU, and run on the threads that torch's own operators use.
+
+A row is summed in the same order whatever its neighbours, so its result is the same to the last bit in any batch.
+"""
+
+from engine.kernels.attention import DecodeAttention, attend
+from engine.kernels.compiler import Vectors, can_compile, host_vectors
+from engine.kernels.products import HalfMatrix, product
+
+__all__ = ["DecodeAttention", "HalfMatrix", "Vectors", "attend", "can_compile", "host_vectors", "product"]
