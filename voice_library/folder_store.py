@@ -63,14 +63,30 @@ class FolderStore:
     def replace(self, key: str, data: bytes, version: str) -> bool:
         # A folder has no compare-and-swap: the time between this look and the rename is not covered.
         with self._reported("write", key), self._temporary(data) as temporary:
-            try:
-                if _version(os.stat(self._path(key))) != version:
-                    return False
-            except FileNotFoundError:
+            if not self._is_version(key, version):
                 return False
             os.replace(temporary, self._path(key))
             _flush_folder(self._path(key).parent)
         return True
+
+    def remove(self, key: str, version: str) -> bool:
+        path, aside = self._path(key), self._new_temporary()
+        with self._reported("delete", key):
+            if not self._is_version(key, version):
+                return False
+            try:
+                os.rename(path, aside)
+            except FileNotFoundError:
+                return False
+            try:
+                if _version(os.stat(aside)) == version:
+                    _flush_folder(path.parent)
+                    return True
+                with contextlib.suppress(FileExistsError):  # another came between the look and the rename: put it back
+                    self._link(aside, path)
+                return False
+            finally:
+                aside.unlink(missing_ok=True)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -112,12 +128,20 @@ class FolderStore:
             reason = error.strerror or str(error)
             raise LibraryError("storage_failed", f"could not {verb} {key} in {self._root}: {reason}") from error
 
+    def _new_temporary(self) -> Path:
+        return self._root / _TEMPORARY / f"{os.getpid()}-{secrets.token_hex(8)}"
+
+    def _is_version(self, key: str, version: str) -> bool:
+        try:
+            return _version(os.stat(self._path(key))) == version
+        except FileNotFoundError:
+            return False
+
     @contextlib.contextmanager
     def _temporary(self, data: bytes) -> Iterator[Path]:
         """A file of this content on disk, gone afterwards unless it was renamed."""
-        folder = self._root / _TEMPORARY
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{os.getpid()}-{secrets.token_hex(8)}"
+        path = self._new_temporary()
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(path, "xb") as file:
                 file.write(data)

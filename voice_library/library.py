@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from voice_library import audio as prompt_audio
 from voice_library import conditionals, inspection, naming
 from voice_library.audio import FloatArray
 from voice_library.background import Background, Preloader
-from voice_library.cache import AudioCache, CacheStats
+from voice_library.cache import AudioCache
 from voice_library.catalogue import Catalogue, Problem, VoicePage, select
 from voice_library.errors import LibraryError
 from voice_library.index import Index
 from voice_library.location import open_store
 from voice_library.metadata import DESCRIPTIONS, Record, Voice, check_created
 from voice_library.s3_store import S3Options
+from voice_library.stats import LibraryStats
 from voice_library.store import Store
 from voice_library.usage import Usage
 from voice_library.writing import Writer
@@ -35,32 +35,6 @@ _log = logging.getLogger(__name__)
 DEFAULT_CACHE_BYTES = 512 << 20
 
 Problems = list[Problem]
-
-
-@dataclass(frozen=True)
-class LibraryStats:
-    """Figures of a library.
-
-    Args:
-        location: folder or s3:// URI.
-        num_voices: sound ones.
-        num_conditionals: entries.
-        audio_bytes: of all prompts as stored.
-        conditionals_bytes: of all entries as stored.
-        cache: prompt audio in memory.
-        num_preloaded, num_preload_failures: voices made ready in the background, and those that could not be.
-        problems: damaged voices known so far (`VoiceLibrary.check` finds all).
-    """
-
-    location: str
-    num_voices: int
-    num_conditionals: int
-    audio_bytes: int
-    conditionals_bytes: int
-    cache: CacheStats
-    num_preloaded: int
-    num_preload_failures: int
-    problems: tuple[Problem, ...]
 
 
 class VoiceLibrary:
@@ -169,14 +143,14 @@ class VoiceLibrary:
         self._writer.check_room(described["name"], voice_id)
         prompt = prompt_audio.encode(audio, sample_rate)
         voice = Voice(
-            voice_id=voice_id or naming.make_id(described["name"], prompt.audio_hash),
+            voice_id=voice_id or "",
             duration_s=prompt.num_samples / prompt.sample_rate,
             sample_rate=prompt.sample_rate,
             created=created,
             audio_hash=prompt.audio_hash,
             **described,
         )
-        return self._writer.add(voice, prompt).voice
+        return self._writer.add(voice, prompt).voice  # which gives an id where there is none
 
     def get(self, voice_id: str) -> Voice:
         """The voice of exactly this id.

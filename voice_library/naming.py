@@ -86,14 +86,14 @@ def fold(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", decomposed))
 
 
-def make_id(name: str, audio_hash: str) -> str:
+def make_id(name: str, audio_hash: str, attempt: int = 0) -> str:
     """An id for a voice that was given none: a readable part and a hash of name and audio.
 
-    Equal names with equal audio give equal ids on any machine.
+    Equal names with equal audio give equal ids on any machine; `attempt` gives others, for when one is taken.
     """
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii").lower()
     slug = re.sub(r"[^a-z0-9]+", "-", ascii_name)[:_SLUG_CHARS].strip("-")
-    return f"{slug or 'voice'}-{text_hash(f'{name}/{audio_hash}')[:_ID_HASH_CHARS]}"
+    return f"{slug or 'voice'}-{text_hash(f'{name}/{audio_hash}/{attempt}')[:_ID_HASH_CHARS]}"
 
 
 def text_hash(text: str) -> str:

@@ -95,6 +95,24 @@ class S3Store:
         self._probe()
         return self._put_if(key, data, IfMatch=version) or self.read(key, len(data)) == data
 
+    def remove(self, key: str, version: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        # Services that know no conditional deletion ignore or refuse the condition: hence the look before, which
+        # leaves them a moment between the two.
+        with self._reported("delete", key):
+            try:
+                if self._client.head_object(**self._object(key))["ETag"] != version:
+                    return False
+                self._client.delete_object(**self._object(key), IfMatch=version)
+            except ClientError as error:
+                if _status(error) in (404, 412):
+                    return False
+                if _status(error) not in (400, 501):
+                    raise
+                self._client.delete_object(**self._object(key))
+        return True
+
     def delete(self, key: str) -> None:
         with self._reported("delete", key):
             self._client.delete_object(**self._object(key))

@@ -61,6 +61,9 @@ class Store(Protocol):
     def replace(self, key: str, data: bytes, version: str) -> bool:
         """Write a blob whole over the one of this version; False, and nothing changed, if it is gone or another."""
 
+    def remove(self, key: str, version: str) -> bool:
+        """Remove the blob of this version; False, and nothing changed, if it is gone or another."""
+
     def delete(self, key: str) -> None:
         """Remove a blob; nothing happens if there is none."""
 

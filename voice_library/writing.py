@@ -21,13 +21,12 @@ from voice_library.errors import LibraryError
 from voice_library.index import Index
 from voice_library.inspection import COMMIT_WITHIN_S, LEFTOVER_AGE_S, Claim, read_claim
 from voice_library.metadata import MAX_RECORD_BYTES, Record, Voice, claim_key, record_key
+from voice_library.naming import make_id
 from voice_library.store import Entry, Store
 
 _log = logging.getLogger(__name__)
 
 _ATTEMPTS = 10
-_RENAME_WITHIN_S = 30.0
-"""A rename that takes longer leaves the old name's record to others, who take it for dead after twice that."""
 
 
 class Writer:
@@ -60,15 +59,18 @@ class Writer:
     def add(self, voice: Voice, prompt: Prompt) -> Record:
         """Write a voice: claim its id, write its audio, then create its record.
 
+        Args:
+            voice: with an empty id for one to be made.
+
         Raises:
             LibraryError: voice_exists, storage_failed. A storage that failed at the record itself may have
                 written it; then the voice is there, and whole.
         """
         started_s = time.monotonic()
+        voice = self._with_id(voice)
         # Random, so that no late removal of an earlier voice's files can hit this one's.
         file = f"prompt-{prompt.audio_hash}-{secrets.token_hex(4)}.flac"
         record = Record(voice, prompt_file=file, prompt_bytes=len(prompt.flac), num_samples=prompt.num_samples)
-        self._claim(voice)
         self._store.write(record.prompt_key, prompt.flac)
         if time.monotonic() - started_s > COMMIT_WITHIN_S:
             raise LibraryError(
@@ -94,13 +96,14 @@ class Writer:
             old = catalogue.by_id(voice_id)
             if old is None:
                 raise catalogue.not_found(voice_id, "voice_id")
-            new = dataclasses.replace(old, voice=dataclasses.replace(old.voice, **changes), revision=old.revision + 1)
+            new = _changed(old, changes)
             if new.key != old.key:
-                return self._rename(catalogue, old, new)
+                _check_free(catalogue, new.voice.name, None, except_id=voice_id)
+                return self._rename(old, new, changes)
             if self._store.replace(new.key, new.to_bytes(), self._index.version_of(old.key)):
                 self._index.put(new)
                 return new
-        raise LibraryError("storage_failed", f"voice {voice_id!r} is being changed by others; try again")
+        raise _contended(voice_id)
 
     def delete(self, voice_id: str) -> None:
         """Remove a voice, damaged or not: its records first, after which nobody sees it, then its files.
@@ -111,17 +114,38 @@ class Writer:
         keys = self._records_of(voice_id)
         if not keys:
             raise self._index.catalogue.not_found(voice_id, "voice_id")
-        prompts: list[str] = []
-        while keys:
+        prompts: set[str] = set()
+        for _ in range(_ATTEMPTS):
             for key in keys:
-                prompts += self._prompts_of(key)
-                self._store.delete(key)
-                self._index.discard(key)
-            keys = self._records_of(voice_id)  # another one appears if another worker was renaming the voice
+                prompts.update(self._prompts_of(key))
+                if self._store.remove(key, self._index.version_of(key)):
+                    self._index.discard(key)
+            keys = self._records_of(voice_id)  # some are left if another worker was changing or renaming the voice
+            if not keys:
+                break
+        else:
+            raise _contended(voice_id)
         for prompt in prompts:
             self._remove_quietly(prompt)
         self._remove_quietly(conditionals.folder(voice_id), is_prefix=True)
         self._remove_quietly(claim_key(voice_id))
+
+    def _with_id(self, voice: Voice) -> Voice:
+        """The voice with its id claimed: its own, or the first made one that is not another voice's."""
+        if voice.voice_id:
+            self._claim(voice)
+            return voice
+        for attempt in range(_ATTEMPTS):
+            named = dataclasses.replace(voice, voice_id=make_id(voice.name, voice.audio_hash, attempt))
+            try:
+                _check_free(self._index.catalogue, voice.name, named.voice_id)
+                self._claim(named)
+            except LibraryError as error:
+                if (error.code, error.field) != ("voice_exists", "voice_id") or attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                return named
+        raise AssertionError(voice)
 
     def _claim(self, voice: Voice) -> None:
         """Take the id for this voice, sharing it with whoever adds the same voice."""
@@ -168,24 +192,33 @@ class Writer:
         except ValueError:
             return False
         current = catalogue.by_id(old.voice.voice_id)
-        if current is None or current.revision <= old.revision:
-            return False
-        return _is_older(self._entry(current.key), 2 * _RENAME_WITHIN_S)
+        return current is not None and current.revision > old.revision
 
-    def _rename(self, catalogue: Catalogue, old: Record, new: Record) -> Record:
+    def _rename(self, old: Record, new: Record, changes: dict[str, Any]) -> Record:
         """Create the record of the new name, which counts from then on, then remove the old one."""
-        _check_free(catalogue, new.voice.name, None, except_id=old.voice.voice_id)
-        started_s = time.monotonic()
         self._create(new)
         self._index.put(new)
-        if self._store.read(old.key, 0) is None:
-            # Deleted in between: then the new record is the only trace of a voice that should be gone.
-            self._store.delete(new.key)
-            self._index.discard(new.key)
-            raise self._index.catalogue.not_found(new.voice.voice_id, "voice_id")
-        if time.monotonic() - started_s < _RENAME_WITHIN_S:
-            self._store.delete(old.key)
-            self._index.discard(old.key)
+        for _ in range(_ATTEMPTS):
+            entry = self._entry(old.key)
+            found = self._store.read(old.key, MAX_RECORD_BYTES)
+            if entry is None or found is None:
+                # Deleted in between: then the new record is the only trace of a voice that should be gone.
+                self._store.delete(new.key)
+                self._index.discard(new.key)
+                raise self._index.catalogue.not_found(new.voice.voice_id, "voice_id")
+            if found != old.to_bytes():
+                try:
+                    old = Record.from_bytes(found)
+                except ValueError:
+                    break
+                if old.voice.voice_id != new.voice.voice_id:
+                    break  # the old name was free from our record on, and has been taken
+                new = _changed(old, changes)  # another worker changed the voice: that is to be kept
+                self._store.write(new.key, new.to_bytes())
+                self._index.put(new)
+            if self._store.remove(old.key, entry.version):
+                self._index.discard(old.key)
+                break
         self._store.write(claim_key(new.voice.voice_id), Claim(new.voice.voice_id, new.voice.name).to_bytes())
         return new
 
@@ -215,6 +248,16 @@ class Writer:
                 self._store.delete(name)
         except LibraryError as error:
             _log.warning("left behind, to be swept later: %s (%s)", key, error.message)
+
+
+def _changed(old: Record, changes: dict[str, Any]) -> Record:
+    """A record with changes. A rename counts for two, to be ahead of another change made at the same time."""
+    voice = dataclasses.replace(old.voice, **changes)
+    return dataclasses.replace(old, voice=voice, revision=old.revision + 1 + (voice.name != old.voice.name))
+
+
+def _contended(voice_id: str) -> LibraryError:
+    return LibraryError("storage_failed", f"voice {voice_id!r} is being changed by others; try again")
 
 
 def _check_free(catalogue: Catalogue, name: str, voice_id: str | None, *, except_id: str | None = None) -> None:

@@ -105,7 +105,7 @@ def test_conditionals_need_a_voice_a_key_and_some_bytes(library: VoiceLibrary) -
         ((voice.voice_id, "key", "text"), "invalid_request", "data"),
     ):
         with pytest.raises(LibraryError) as refused:
-            library.put_conditionals(*arguments)  # type: ignore[arg-type]
+            library.put_conditionals(*arguments)
         assert (refused.value.code, refused.value.field) == (code, field)
 
 

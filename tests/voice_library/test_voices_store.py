@@ -51,10 +51,22 @@ def test_replacing_needs_the_version_that_was_seen(store: Store) -> None:
     assert store.replace("a", b"two", seen.version)
     assert not store.replace("a", b"three", seen.version)
     assert store.read("a", 10) == b"two"
+    (now,) = store.list("a")
     store.delete("a")
-    (version,) = {seen.version}
-    assert not store.replace("a", b"four", version)
+    assert not store.replace("a", b"four", now.version)
     assert store.read("a", 10) is None
+
+
+def test_removing_needs_the_version_that_was_seen(store: Store) -> None:
+    store.write("a", b"one")
+    (seen,) = store.list("a")
+    store.write("a", b"two")
+    assert not store.remove("a", seen.version)
+    assert store.read("a", 10) == b"two"
+    (now,) = store.list("")
+    assert now.key == "a" and store.remove("a", now.version)
+    assert not store.remove("a", now.version)
+    assert list(store.list("")) == []
 
 
 def test_a_version_changes_with_the_content(store: Store) -> None:
