@@ -76,7 +76,7 @@ def print_table(console: Console, contents: dict[str, Any], figures: Sequence[Fi
     table.add_column("")
     table.add_column("ours (min to max)", justify="right")
     if has_baseline:
-        table.add_column("upstream" if options.against == "upstream" else "first setting", justify="right")
+        table.add_column(_baseline_title(figures, options), justify="right")
         table.add_column("ratio", justify="right")
     table.add_column("target")
     table.add_column("in", overflow="fold")
@@ -85,6 +85,13 @@ def print_table(console: Console, contents: dict[str, Any], figures: Sequence[Fi
     console.print(table)
     for line in _small_print(contents, figures):
         console.print(line, highlight=False)
+
+
+def _baseline_title(figures: Sequence[Figure], options: Options) -> str:
+    """Who the baseline is; the library's rows have their own, which their notes name."""
+    if any(figure.row == "voices" for figure in figures):
+        return "baseline"
+    return "upstream" if options.against == "upstream" else "first setting"
 
 
 def _cells(figure: Figure, *, has_baseline: bool) -> list[str]:

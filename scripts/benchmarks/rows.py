@@ -20,6 +20,7 @@ class Row(StrEnum):
     LONG_FORM = "long-form"
     THROUGHPUT = "throughput"
     VOICE = "voice"
+    VOICES = "voices"
     COLD_START = "cold-start"
     MEMORY = "memory"
     SPEAK = "speak"
@@ -34,6 +35,7 @@ _MEASURES = {
     Row.LONG_FORM: "speaking.measure_long_form",
     Row.THROUGHPUT: "speaking.measure_throughput",
     Row.VOICE: "voices.measure_voice",
+    Row.VOICES: "library.measure_voices",
     Row.COLD_START: "starting.measure_cold_start",
     Row.MEMORY: "starting.measure_memory",
     Row.SPEAK: "speaking.measure_speak",

@@ -29,6 +29,21 @@ _GPU_TURBO = {
 }
 _GPU_REAL_TIME_FACTOR = Target(value_at_most=0.04)
 
+_VOICES = {
+    "open": Target(value_at_most=1.0),
+    "list": Target(value_at_most=0.05),
+    "memory": Target(ratio_at_least=100),
+    "disk": Target(ratio_at_least=20),
+    "cold": Target(ratio_at_least=1.5),
+    "warm": Target(ratio_at_least=10),
+    "audio-memory": Target(ratio_at_most=0.7),
+}
+
+
+def voices_target(options: Options, key: str) -> Target | None:
+    """The target of a figure of the voice library, which has its own baselines; tiny ones have none."""
+    return _VOICES[key] if options.size == "full" else None
+
 
 def target(options: Options, key: str, rows: int | None = None) -> Target | None:
     """The target of a quantity, or None: tiny models have none, and neither have other comparisons."""
