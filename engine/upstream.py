@@ -7,9 +7,8 @@ Two things stand in the way of importing them beside a current torch:
   only its pure Python parts (`transforms`, `compliance.kaldi`). `_use_pure_python_torchaudio` answers
   torchaudio's own question "is the native extension here?" with no, which it supports. torch itself
   is not touched.
-- perth imports pkg_resources, gone from setuptools 81, and swallows the ImportError:
-  `perth.PerthImplicitWatermarker` is then None. requirements.txt pins setuptools; here the None is
-  turned into a `watermark_unavailable` error, so that audio can never go out unmarked.
+- perth imports librosa, most of scipy and pkg_resources (gone from setuptools 81) for what is not
+  needed here: seconds of every start. `perth_network` takes its trained network without the rest.
 
 Importing chatterbox costs seconds (transformers, diffusers, librosa), so nothing here runs at import:
 the functions are called when a part is first needed, and Python's own module cache makes the second
@@ -24,6 +23,7 @@ import sys
 import threading
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 from engine.errors import SpeechError
@@ -69,17 +69,53 @@ def chatterbox(module: str = "") -> Any:
         ) from error
 
 
-def perth() -> Any:
-    """Import perth with a working watermarker.
+_PERTH = "_perth_implicit"
+"""The name under which perth's network package is imported, beside perth's own."""
+
+
+def perth_network(module: str = "") -> Any:
+    """Import perth's implicit network, or one of its modules (`perth_network("model.encoder")`), by itself: perth's own
+    `__init__` imports librosa, most of scipy and pkg_resources for what is not needed here, which takes seconds.
 
     Raises:
         SpeechError: watermark_unavailable.
     """
     try:
-        module = _import("perth")
+        with _IMPORTING:
+            if _PERTH not in sys.modules:
+                _import_as(_PERTH, _perth_folder() / "perth_net_implicit" / "__init__.py")
+        return _import(f"{_PERTH}.{module}") if module else sys.modules[_PERTH]
+    except (ImportError, OSError) as error:
+        raise SpeechError("watermark_unavailable", f"resemble-perth cannot be imported: {error}") from error
+
+
+def perth_weights() -> Path:
+    """The folder with the implicit network's weights and settings.
+
+    Raises:
+        SpeechError: watermark_unavailable.
+    """
+    try:
+        return _perth_folder() / "pretrained" / "implicit"
     except ImportError as error:
         raise SpeechError("watermark_unavailable", f"resemble-perth cannot be imported: {error}") from error
-    if getattr(module, "PerthImplicitWatermarker", None) is None:
-        reason = "" if importlib.util.find_spec("pkg_resources") else "; install setuptools<81"
-        raise SpeechError("watermark_unavailable", f"perth has no watermarker{reason}")
-    return module
+
+
+def _perth_folder() -> Path:
+    spec = importlib.util.find_spec("perth")  # finds it, runs nothing
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("it is not installed; run `make setup`")
+    return Path(spec.submodule_search_locations[0]) / "perth_net"
+
+
+def _import_as(name: str, file: Path) -> None:
+    """Import the package whose `__init__` is `file` under another name, so that the packages around it are not run."""
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

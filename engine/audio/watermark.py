@@ -7,20 +7,19 @@ the band that carries the mark is changed, by a gain per bin; phases are never t
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+import yaml
+from torch import nn
 
 from engine.audio.mastering import resample
 from engine.errors import SpeechError
 from engine.types import FloatArray
-from engine.upstream import perth
-
-if TYPE_CHECKING:
-    import torch
+from engine.upstream import perth_network, perth_weights
 
 MIN_VERIFIABLE_S = 0.5
 """On less the detector is unsure (0.05 to 0.96 on 0.1 s of marked speech; above 0.9 from 0.3 s on)."""
@@ -43,13 +42,24 @@ class Watermarker:
     """Marks audio and verifies the mark. Holds weights only: safe to use from several threads.
 
     Args:
-        net: perth's PerthNet, loaded and in eval mode, on its device.
+        networks: perth's encoder and decoder, in eval mode, on their device.
+        settings: perth's PerthConfig, which they were trained with.
     """
 
-    def __init__(self, net: Any) -> None:
-        self._net = net
-        self._rate: int = net.hp.sample_rate
-        self._min_db: float = 20 * np.log10(net.hp.stft_magnitude_min)
+    def __init__(self, networks: nn.ModuleDict, settings: Any) -> None:
+        self._encoder, self._decoder = networks["encoder"], networks["decoder"]
+        self._rate: int = settings.sample_rate
+        self._floor: float = settings.stft_magnitude_min
+        self._min_db: float = 20 * np.log10(settings.stft_magnitude_min)
+        self._subband: int = self._encoder.subband
+        self._device = next(networks.parameters()).device
+        window = torch.hann_window(settings.window_size, device=self._device)
+        self._stft = {
+            "n_fft": settings.n_fft,
+            "hop_length": settings.hop_size,
+            "win_length": settings.window_size,
+            "window": window,
+        }
 
     @classmethod
     def load(cls, device: str = "cpu") -> Watermarker:
@@ -58,10 +68,12 @@ class Watermarker:
         Raises:
             SpeechError: watermark_unavailable, for any way in which it can be missing or broken.
         """
-        package = perth()
+        folder = perth_weights()
         try:  # a file missing, cut off, of another version: all of it means that nothing can be marked
-            net = _load_net(Path(package.__file__).parent / "perth_net" / "pretrained" / "implicit")
-            return cls(net.to(device).eval())
+            networks, settings = _load_networks(folder)
+            return cls(networks.to(device).eval().requires_grad_(False), settings)
+        except SpeechError:
+            raise
         except Exception as error:
             raise SpeechError("watermark_unavailable", f"perth's network cannot be loaded: {error}") from error
 
@@ -107,38 +119,36 @@ class Watermarker:
         found = [self._detect(block, sample_rate) > DETECTED for block in blocks if is_verifiable(block, sample_rate)]
         return bool(found) and all(found)
 
+    @torch.inference_mode()
     def _mark_block(self, block: FloatArray, sample_rate: int) -> FloatArray:
-        import torch
-
-        with torch.inference_mode():
-            signal = self._to_signal(block, sample_rate)
-            spectrum = self._net.ap.spectrogram(signal)  # (bins, frames) complex
-            magnitudes = self._magnitudes(spectrum)
-            band = slice(0, self._net.subband)
-            encoded, _ = self._net.encoder(magnitudes[None])
-            change = (encoded[0, band] - magnitudes[band]) * self._span_db  # dB
-            spectrum[band] *= 10.0 ** (change / 20)
-            marked = self._net.ap.inv_spectrogram(spectrum, len(signal)).cpu().numpy()
+        signal = self._to_signal(block, sample_rate)
+        spectrum = self._spectrum(signal)
+        magnitudes = self._magnitudes(spectrum)
+        band = slice(0, self._subband)
+        encoded, _ = self._encoder(magnitudes[None])
+        change = (encoded[0, band] - magnitudes[band]) * self._span_db  # dB
+        spectrum[band] *= 10.0 ** (change / 20)
+        marked = torch.istft(spectrum, **self._stft, length=len(signal)).cpu().numpy()
         return _fit(resample(marked, self._rate, sample_rate), block.size)
 
+    @torch.inference_mode()
     def _detect(self, block: FloatArray, sample_rate: int) -> float:
         """Confidence from 0 to 1 that the block is marked; NaN on silence."""
-        import torch
-
-        with torch.inference_mode():
-            magnitudes = self._magnitudes(self._net.ap.spectrogram(self._to_signal(block, sample_rate)))
-            return float(self._net.decoder(magnitudes[None])[0].clip(0.0, 1.0))
+        magnitudes = self._magnitudes(self._spectrum(self._to_signal(block, sample_rate)))
+        return float(self._decoder(magnitudes[None])[0].clip(0.0, 1.0))
 
     def _to_signal(self, block: FloatArray, sample_rate: int) -> torch.Tensor:
         """At perth's rate, padded to what its spectrogram can reflect at the edges."""
-        import torch
-
         signal = resample(np.asarray(block, np.float32), sample_rate, self._rate)
-        return torch.from_numpy(_fit(signal, max(signal.size, self._net.hp.n_fft))).to(self._net.device)
+        return torch.from_numpy(_fit(signal, max(signal.size, self._stft["n_fft"]))).to(self._device)
+
+    def _spectrum(self, signal: torch.Tensor) -> torch.Tensor:
+        """Complex (bins, frames), as perth's Spectrogram gives it."""
+        return torch.stft(signal, **self._stft, center=True, pad_mode="reflect", return_complex=True)
 
     def _magnitudes(self, spectrum: torch.Tensor) -> torch.Tensor:
         """perth's normalised log magnitudes, about 0 to 1."""
-        decibels = 20 * spectrum.abs().clip(min=self._net.hp.stft_magnitude_min).log10()
+        decibels = 20 * spectrum.abs().clip(min=self._floor).log10()
         return (decibels - self._min_db) / self._span_db
 
     @property
@@ -153,17 +163,21 @@ def is_verifiable(waveform: FloatArray, sample_rate: int) -> bool:
     return float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64)))) > MIN_VERIFIABLE_RMS
 
 
-def _load_net(folder: Path) -> Any:
-    """PerthNet as packaged. Its own loader prints to stdout, which belongs to the worker."""
-    import torch
-    import yaml
-
-    config = importlib.import_module("perth.perth_net.perth_net_implicit.config")
-    model = importlib.import_module("perth.perth_net.perth_net_implicit.model.perth_net")
-    net = model.PerthNet(config.PerthConfig(**yaml.safe_load((folder / "hparams.yaml").read_text("utf-8"))))
+def _load_networks(folder: Path) -> tuple[nn.ModuleDict, Any]:
+    """perth's encoder and decoder as packaged, and their settings."""
+    settings = perth_network("config").PerthConfig(**yaml.safe_load((folder / "hparams.yaml").read_text("utf-8")))
+    if settings.window_fn != "hann":
+        raise ValueError(f"its window is {settings.window_fn}, expected hann")
+    subband = perth_network("model").compute_subband_freq(settings)
+    parts = {
+        "encoder": perth_network("model.encoder").Encoder(settings.hidden_size, subband),
+        "decoder": perth_network("model.decoder").Decoder(settings.hidden_size, subband),
+    }
+    networks = nn.ModuleDict(parts)
     newest = max(folder.glob("*.pth.tar"), key=lambda path: path.name)
-    net.load_state_dict(torch.load(newest, map_location="cpu", weights_only=True)["model"])
-    return net
+    state = torch.load(newest, map_location="cpu", weights_only=True)["model"]
+    networks.load_state_dict({key: value for key, value in state.items() if key.partition(".")[0] in parts})
+    return networks, settings
 
 
 def _blocks(num_samples: int, sample_rate: int) -> Iterator[tuple[int, int, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from engine.audio.watermark import BLOCK_S, OVERLAP_S, Watermarker, is_verifiabl
 from engine.draft import DraftEngine
 from engine.errors import SpeechError
 from engine.types import EngineConfig, FloatArray, SpeechRequest
-from engine.upstream import perth
+from engine.upstream import chatterbox
 
 RATE_HZ = 24_000
 TEXT = "The quick brown fox jumps over the lazy dog. Is it so? One hundred and two thieves fished for cheap juice."
@@ -39,7 +41,8 @@ def speech() -> Iterator[FloatArray]:
 
 @pytest.fixture(scope="module")
 def upstream() -> object:
-    return perth().PerthImplicitWatermarker()
+    chatterbox()  # makes torchaudio importable, which perth imports
+    return importlib.import_module("perth").PerthImplicitWatermarker()
 
 
 @pytest.mark.parametrize("rate_hz", [16_000, 24_000, 32_000, 48_000])
@@ -155,32 +158,14 @@ def test_threads_do_not_disturb_each_other(watermarker: Watermarker, speech: Flo
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_audio_that_loses_its_mark_is_an_error(watermarker: Watermarker, speech: FloatArray) -> None:
+def test_audio_that_loses_its_mark_is_an_error(speech: FloatArray) -> None:
     class Forgetful(Watermarker):
         def mark(self, waveform: FloatArray, sample_rate: int) -> FloatArray:
             return waveform.copy()
 
     with pytest.raises(SpeechError) as caught:
-        Forgetful(watermarker._net).apply(speech, RATE_HZ)
+        Forgetful.load().apply(speech, RATE_HZ)
     assert caught.value.code == "watermark_unavailable"
-
-
-def _without_watermarker() -> ModuleType:
-    package = ModuleType("perth")
-    package.PerthImplicitWatermarker = None  # type: ignore[attr-defined]
-    return package
-
-
-def _without_files(folder: str) -> ModuleType:
-    package = ModuleType("perth")
-    package.PerthImplicitWatermarker = object  # type: ignore[attr-defined]
-    package.__file__ = f"{folder}/perth/__init__.py"
-    return package
-
-
-def test_loading_fails_closed_when_perth_has_no_watermarker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "perth", _without_watermarker())
-    _assert_unavailable()
 
 
 def test_loading_fails_closed_when_perth_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +173,27 @@ def test_loading_fails_closed_when_perth_is_not_installed(monkeypatch: pytest.Mo
     _assert_unavailable()
 
 
-def test_loading_fails_closed_when_the_weights_are_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    monkeypatch.setattr(watermark, "perth", lambda: _without_files(str(tmp_path_factory.mktemp("site"))))
+def test_loading_fails_closed_when_the_weights_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(watermark, "perth_weights", lambda: tmp_path)
     _assert_unavailable()
+
+
+def test_loading_fails_closed_when_perth_is_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "perth").mkdir()
+    (tmp_path / "perth" / "__init__.py").touch()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("perth", "_perth_implicit")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    _assert_unavailable()
+
+
+def test_loading_imports_nothing_that_takes_seconds() -> None:
+    program = (
+        "import sys; from engine.audio.watermark import Watermarker; Watermarker.load(); "
+        "print(sorted({'librosa', 'numba', 'scipy.signal', 'pkg_resources', 'torchaudio'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not a checkpoint"), OSError("gone"), KeyError("model"), EOFError()])
