@@ -46,7 +46,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     "empty": lambda data: b"",
     "longer": lambda data: data + b"\0",
     "a flipped bit": lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
-    "other audio": lambda data: flac(sound(9), subtype="PCM_24")[: len(data)].ljust(len(data), b"\0"),
+    "sound audio of another": lambda data: flac(sound(9) / 4, subtype="PCM_24").ljust(len(data), b"\0"),
     "no audio": lambda data: b"x" * len(data),
     "hours in a small file": bomb,
 }

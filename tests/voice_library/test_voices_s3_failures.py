@@ -106,6 +106,7 @@ def test_a_bucket_without_rights_is_a_storage_failure_and_keeps_what_it_has(buck
             for work in (
                 library.refresh,
                 library.check,
+                lambda: S3Store(bucket, "v", s3_options).read("snapshot.json", 10),
                 lambda: library.add("Berta", sound(1), RATE),
                 lambda: library.get_audio(voice.voice_id),
                 lambda: library.delete(voice.voice_id),

@@ -90,3 +90,23 @@ def test_deleting_twice_is_deleting_once(store: Store) -> None:
 def test_no_key_leads_out_of_the_store(store: Store, key: str) -> None:
     with pytest.raises(AssertionError):
         store.write(key, b"x")
+
+
+def test_a_reader_never_sees_a_part_of_a_blob(store: Store) -> None:
+    blobs = {bytes([number]) * 200_000 for number in range(2)}
+    store.write("a", min(blobs))
+    is_done = threading.Event()
+
+    def read() -> set[bytes | None]:
+        seen = set()
+        while not is_done.is_set():
+            seen.add(store.read("a", 1 << 20))
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        for _ in range(20):
+            for blob in blobs:
+                store.write("a", blob)
+        is_done.set()
+        assert set[bytes | None]().union(*(reader.result() for reader in readers)) <= blobs
