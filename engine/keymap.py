@@ -22,11 +22,24 @@ class Key(NamedTuple):
         ours: its name.
         theirs: upstream's tensors that make it.
         how: a key of `COMBINE`; "same" takes one tensor as it is.
+        fit: brings what came out into our parameter's layout; a view is enough.
     """
 
     ours: str
     theirs: tuple[str, ...]
     how: str = "same"
+    fit: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ours is theirs."""
+        return self.how == "same" and self.fit is None
+
+    @property
+    def combine(self) -> Callable[..., Tensor]:
+        """From upstream's tensors to ours."""
+        combine, fit = COMBINE[self.how], self.fit
+        return combine if fit is None else lambda *parts: fit(combine(*parts))
 
 
 def _fold_weight_norm(magnitude: Tensor, direction: Tensor) -> Tensor:
@@ -36,6 +49,7 @@ def _fold_weight_norm(magnitude: Tensor, direction: Tensor) -> Tensor:
 
 
 COMBINE: Mapping[str, Callable[..., Tensor]] = {
+    "same": lambda tensor: tensor,
     "stack": lambda *parts: torch.cat(parts),
     "transpose": lambda weight: weight.T,
     "squeeze": lambda weight: weight.squeeze(-1),
@@ -59,8 +73,8 @@ def load_keys(
         SpeechError: weights_missing, naming what does not fit.
     """
     all_keys = list(keys)
-    renamed = {key.theirs[0]: key.ours for key in all_keys if key.how == "same"}
-    combined = {key.ours: Combined(key.theirs, COMBINE[key.how]) for key in all_keys if key.how != "same"}
+    renamed = {key.theirs[0]: key.ours for key in all_keys if key.is_plain}
+    combined = {key.ours: Combined(key.theirs, key.combine) for key in all_keys if not key.is_plain}
     parts = {name for made in combined.values() for name in made.keys}
     return load_module(
         module,

@@ -11,6 +11,16 @@ A row is summed in the same order whatever its neighbours, so its result is the 
 
 from engine.kernels.attention import DecodeAttention, attend
 from engine.kernels.compiler import Vectors, can_compile, host_vectors
-from engine.kernels.products import HalfMatrix, product
+from engine.kernels.products import HalfMatrix, as_tiles, product, tiles_shape
 
-__all__ = ["DecodeAttention", "HalfMatrix", "Vectors", "attend", "can_compile", "host_vectors", "product"]
+__all__ = [
+    "DecodeAttention",
+    "HalfMatrix",
+    "Vectors",
+    "as_tiles",
+    "attend",
+    "can_compile",
+    "host_vectors",
+    "product",
+    "tiles_shape",
+]

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.compiler import Kernel, Vectors, host_vectors, load_arguments, share_of, splat
@@ -48,19 +49,10 @@ class HalfMatrix:
             vectors: None for this CPU's own.
         """
         vectors = vectors or host_vectors()
-        num_outputs, num_inputs = weight.shape
-        width = vectors.outputs * vectors.lanes
-        num_tiles = -(-num_outputs // width)
-        whole = num_outputs // width
-        tiles = torch.zeros if whole < num_tiles else torch.empty
-        packed = tiles((num_tiles, num_inputs, width), dtype=torch.float16)
-        packed[:whole].copy_(weight[: whole * width].unflatten(0, (whole, width)).transpose(1, 2))
-        if whole < num_tiles:
-            packed[whole, :, : num_outputs - whole * width] = weight[whole * width :].T
-        filled = torch.zeros(num_tiles * width)
-        if bias is not None:
-            filled[:num_outputs] = bias
-        return cls(packed, filled, num_outputs, vectors)
+        tiles = torch.empty(tiles_shape(*weight.shape, vectors), dtype=torch.float16)
+        tiles.copy_(as_tiles(weight, vectors))
+        bias = torch.zeros(len(weight)) if bias is None else bias.float()
+        return cls(tiles, F.pad(bias, (0, tiles.shape[0] * tiles.shape[2] - len(bias))), len(weight), vectors)
 
     @functools.cached_property
     def _addresses(self) -> tuple[int, int, Kernel]:
@@ -71,6 +63,21 @@ class HalfMatrix:
         tiles, bias, kernel = self._addresses
         num_tiles, num_inputs, _ = self.tiles.shape
         kernel(x.data_ptr(), tiles, bias, out.data_ptr(), num_rows, num_inputs, num_tiles, block_rows, is_packed)
+
+
+def tiles_shape(num_outputs: int, num_inputs: int, vectors: Vectors) -> tuple[int, int, int]:
+    """(tiles, inputs, outputs of a tile)."""
+    width = vectors.outputs * vectors.lanes
+    return -(-num_outputs // width), num_inputs, width
+
+
+def as_tiles(weight: Tensor, vectors: Vectors) -> Tensor:
+    """A weight (outputs, inputs) of any strides seen as tiles, of its own dtype; a copy only where the last tile has to
+    be filled up."""
+    num_tiles, _, width = tiles_shape(*weight.shape, vectors)
+    missing = num_tiles * width - len(weight)
+    whole = F.pad(weight, (0, 0, 0, missing)) if missing else weight
+    return whole.unflatten(0, (num_tiles, width)).transpose(1, 2)
 
 
 def product(x: Tensor, matrix: HalfMatrix) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine import noise
 from engine.keymap import load_keys, matrix_dtype, shapes_of
 from engine.models import ModelSpec
-from engine.packed import PackedLinear, can_pack, pack_linears
+from engine.packed import can_pack, pack_linears
 from engine.s3gen.flow import FRAMES_PER_TOKEN, Flow, FlowRequest, FlowVoice
 from engine.s3gen.keys import build_flow, build_vocoder, flow_keys, vocoder_keys
 from engine.s3gen.vocoder import SourceNoise, Vocoder
@@ -177,5 +177,5 @@ def load_renderer(
         load_keys(vocoder, weights, vocoder_keys(vocoder), device=device)
     vocoder.finish_loading(device)
     if pack and device.type == "cpu" and dtype == torch.float32 and can_pack():
-        pack_linears(flow, PackedLinear)
+        pack_linears(flow)
     return Renderer(flow, vocoder, autocast=autocast, exact=exact, max_frames=max_frames)

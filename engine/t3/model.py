@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from engine.keymap import Key, load_keys, matrix_dtype, shapes_of
 from engine.models import START_SPEECH_TOKEN
-from engine.packed import HalfLinear, PackedLinear, can_pack, pack_linears
+from engine.packed import HalfLinear, PackedLinear, can_pack, half_keys, halve_linears, pack_linears
 from engine.t3.backbone import Backbone, BackboneShape, backbone_keys, project
 from engine.weights import WeightFile, without_weights
 
@@ -209,7 +209,7 @@ def load_t3(path: Path, device: torch.device, dtype: torch.dtype, *, pack: bool 
 
     Args:
         dtype: of the backbone, the head and the embeddings; norms and what runs once per voice stay float32.
-            float16 is for x86 CPUs, see `HalfLinear`.
+            float16 is for CPUs that `engine.kernels` run on.
         pack: lay the matrices out for the CPU; the model then stays on it.
 
     Raises:
@@ -219,32 +219,30 @@ def load_t3(path: Path, device: torch.device, dtype: torch.dtype, *, pack: bool 
         shapes = shapes_of(weights)
         with without_weights():
             model = T3(**read_t3_arguments(shapes))
-        keys = list(t3_keys(model.shape, shapes))
+        if pack and dtype == torch.float16:
+            halve_linears(model.backbone)
+            model.head = HalfLinear(cast(nn.Linear, model.head))
+        keys = list(half_keys(model, t3_keys(model.shape, shapes)))
         if device.type == "cpu" and dtype != torch.bfloat16:
             # The text embedding is a tenth of the weights, and a text reads a few hundred of its rows: it stays in
             # the mapped file, and only the rows that are read come into memory.
             model.text_embedding.weight = nn.Parameter(weights.tensor(_TEXT_EMBEDDING), requires_grad=False)
             keys = [key for key in keys if key.theirs != (_TEXT_EMBEDDING,)]
         load_keys(model, weights, keys, device=device, dtype_for=_dtype_for(model, dtype))
-    if pack and device.type == "cpu":
-        _pack(model, dtype)
+    if pack and device.type == "cpu" and dtype == torch.float32 and can_pack():
+        pack_linears(model.backbone)
+        model.head = PackedLinear(cast(nn.Linear, model.head))
     model.backbone.finish_loading(device)
     return model
-
-
-def _pack(model: T3, dtype: torch.dtype) -> None:
-    if dtype == torch.float16:
-        make: Callable[[nn.Linear], nn.Module] = HalfLinear
-    elif dtype == torch.float32 and can_pack():
-        make = PackedLinear
-    else:
-        return
-    pack_linears(model.backbone, make)
-    assert isinstance(model.head, nn.Linear)
-    model.head = make(model.head)
 
 
 def _dtype_for(model: T3, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
     """Voices are embedded once and kept: their part is exact whatever the dtype."""
     of_matrices = matrix_dtype(model, dtype)
-    return lambda name: torch.float32 if name.startswith(("speaker.", "emotion.", "perceiver.")) else of_matrices(name)
+
+    def dtype_for(name: str) -> torch.dtype:
+        if name.startswith(("speaker.", "emotion.", "perceiver.")):
+            return torch.float32
+        return torch.float16 if name.endswith(".tiles") else of_matrices(name)
+
+    return dtype_for
