@@ -6,11 +6,9 @@ every single one of its calls.
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 from tests.voice_library import workers
 from tests.voice_library.conftest import OpenLibrary
 from tests.voice_library.sounds import RATE, sound
+from tests.voice_library.workers import Work, add, add_with_id, delete, put, rename, update
 from voice_library import LibraryError, Voice, VoiceLibrary
 from voice_library.folder_store import FolderStore
 from voice_library.store import Entry, Store
@@ -61,31 +60,6 @@ def assert_sound(library: VoiceLibrary) -> list[Voice]:
     return list(voices)
 
 
-def add(library: VoiceLibrary) -> None:
-    library.add("new", sound(1), RATE)
-
-
-def add_with_id(library: VoiceLibrary) -> None:
-    library.add("new", sound(1), RATE, voice_id="new-id")
-
-
-def update(library: VoiceLibrary) -> None:
-    library.update("old-id", description="changed")
-
-
-def rename(library: VoiceLibrary) -> None:
-    library.update("old-id", name="new")
-
-
-def delete(library: VoiceLibrary) -> None:
-    library.delete("old-id")
-
-
-def put(library: VoiceLibrary) -> None:
-    library.put_conditionals("old-id", "key", b"conditionals")
-
-
-Work = Callable[[VoiceLibrary], None]
 OUTCOMES: dict[Work, list[list[str]]] = {
     add: [["new", "old"], ["old"]],
     add_with_id: [["new", "old"], ["old"]],
@@ -135,92 +109,55 @@ def test_dying_at_any_step_leaves_a_sound_library_in_which_the_work_can_be_done(
     assert num_deaths >= 2
 
 
-FULL_AFTER: dict[Work, tuple[int, ...]] = {
-    add: (1, 300, 2_000),
-    add_with_id: (1, 300, 2_000),
-    update: (1, 300),
-    rename: (1, 300),
-    put: (1, 5),
-}
-"""Bytes that a file may grow to: less than the largest one that the work writes."""
-
-
 def test_a_failed_write_is_told_and_changes_nothing(tmp_path: Path) -> None:
     """A disk that fills up in the middle of any file that is written."""
     library = VoiceLibrary.open(tmp_path, refresh_s=0.0)
     library.add("old", sound(0), RATE, voice_id="old-id")
     library.put_conditionals("old-id", "key", b"conditionals")
-    for work in (add, add_with_id, update, rename, put):
-        for num_bytes in FULL_AFTER[work]:
-            assert in_child(functools.partial(_work_on_a_full_disk, tmp_path, work, num_bytes)) == 0
+    with workers.start("fill", str(tmp_path)) as filler:
+        assert filler.stdout is not None
+        for line in filler.stdout:
+            work, outcome = line.split()
+            assert outcome == "storage_failed", work
             assert [voice.name for voice in assert_sound(library)] == ["old"]
             assert not list((tmp_path / "tmp").iterdir())
+            workers.tell(filler, "next")
+    assert filler.returncode == 0
     add(library)
     assert [voice.name for voice in assert_sound(library)] == ["new", "old"]
-
-
-def _work_on_a_full_disk(folder: Path, work: Work, num_bytes: int) -> int:
-    import resource
-
-    library = VoiceLibrary.open(folder, refresh_s=0.0)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-    try:
-        work(library)
-    except LibraryError as error:
-        return 0 if error.code == "storage_failed" and "too large" in error.message else 1
-    return 2
-
-
-def in_child(work: Callable[[], int]) -> int:
-    """Run something in a process of its own; its exit status."""
-    child = os.fork()
-    if not child:
-        status = 99
-        try:
-            status = work()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def start_writer(folder: Path, seed: int) -> int:
-    """A process that writes until it is killed. Forked: a new interpreter for each kill would take minutes."""
-    child = os.fork()
-    if not child:
-        try:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
-            workers.churn(VoiceLibrary.open(folder, refresh_s=0.0), seed)
-        finally:
-            os._exit(1)
-    return child
 
 
 def test_killing_writers_at_any_moment_hundreds_of_times_leaves_a_sound_library(tmp_path: Path) -> None:
     draw = random.Random(3)
     reader = VoiceLibrary.open(tmp_path, refresh_s=0.0)
-    writers = [start_writer(tmp_path, seed) for seed in range(2)]
     names_seen: set[str] = set()
-    for kill in range(NUM_KILLS):
-        time.sleep(draw.uniform(0.002, 0.08))
-        killed = writers.pop(0)
-        os.kill(killed, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL, "it failed before it was killed"
-        writers.append(start_writer(tmp_path, kill))
-        names_seen |= {voice.name for voice in reader.list().voices}
-        if kill % 30 == 0:
-            for voice in reader.list().voices:
-                try:
-                    reader.get_audio(voice.voice_id)
-                except LibraryError as error:
-                    assert error.code == "voice_not_found", error  # noqa: PT017
-    for writer in writers:
-        os.kill(writer, signal.SIGKILL)
-        os.waitpid(writer, 0)
+    with workers.start("spawn", str(tmp_path)) as spawner:
+        writers = [int(workers.ask(spawner, f"start {seed}")) for seed in range(2)]
+        for kill in range(NUM_KILLS):
+            time.sleep(draw.uniform(0.002, 0.08))
+            killed = writers.pop(0)
+            os.kill(killed, signal.SIGKILL)
+            assert int(workers.ask(spawner, f"reap {killed}")) == -signal.SIGKILL, "it failed before it was killed"
+            writers.append(int(workers.ask(spawner, f"start {kill}")))
+            names_seen |= {voice.name for voice in reader.list().voices}
+            if kill % 30 == 0:
+                _assert_whole_or_gone(reader)
+        for writer in writers:
+            os.kill(writer, signal.SIGKILL)
+            workers.ask(spawner, f"reap {writer}")
+        workers.tell(spawner, "")
     fresh = VoiceLibrary.open(tmp_path, refresh_s=0.0)
     assert_sound(fresh)
-    assert len(names_seen) > workers.NUM_NAMES
+    assert names_seen, "the writers never came to add a voice"
     _assert_every_name_can_be_used(fresh, tmp_path)
+
+
+def _assert_whole_or_gone(library: VoiceLibrary) -> None:
+    for voice in library.list().voices:
+        try:
+            library.get_audio(voice.voice_id)
+        except LibraryError as error:
+            assert error.code == "voice_not_found", error  # noqa: PT017
 
 
 def _assert_every_name_can_be_used(library: VoiceLibrary, folder: Path) -> None:

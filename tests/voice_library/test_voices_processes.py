@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,6 @@ NUM_PROCESSES = 4
 NUM_NAMES = 8
 
 
-def start(role: str, uri: str, endpoint_url: str, *numbers: int) -> subprocess.Popen[str]:
-    command = [sys.executable, workers.__file__, role, uri, endpoint_url, *map(str, numbers)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize("place", ["folder", "bucket"])
 def test_every_name_has_one_winner_whose_audio_is_kept(
     place: str, tmp_path: Path, bucket: str, s3_options: S3Options
@@ -27,15 +20,13 @@ def test_every_name_has_one_winner_whose_audio_is_kept(
     uri, endpoint_url = (
         (str(tmp_path), "") if place == "folder" else (f"s3://{bucket}/v", s3_options.endpoint_url or "")
     )
-    processes = [start("race", uri, endpoint_url, number, NUM_NAMES) for number in range(NUM_PROCESSES)]
+    processes = [workers.start("race", uri, endpoint_url, number, NUM_NAMES) for number in range(NUM_PROCESSES)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     outputs = []
     for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
+        workers.tell(process, "go")
     for process in processes:
         outputs.append(process.communicate(timeout=120)[0])
         assert process.returncode == 0
