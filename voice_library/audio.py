@@ -61,6 +61,11 @@ def to_int24(samples: FloatArray) -> NDArray[np.int32]:
     return np.clip(scaled, -_FULL_SCALE, _FULL_SCALE - 1).astype(np.int32)
 
 
+def as_kept(samples: FloatArray) -> FloatArray:
+    """What reads back of audio float32 (T,) that is stored: rounded to 24 bits, clipped. Floats hold that exactly."""
+    return to_int24(samples).astype(np.float32) / np.float32(_FULL_SCALE)
+
+
 def encode(audio: object, sample_rate: object) -> Prompt:
     """FLAC of mono audio float (T,) in [-1, 1]; samples beyond are clipped.
 

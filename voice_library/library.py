@@ -23,7 +23,7 @@ from voice_library.catalogue import Catalogue, Problem, VoicePage, select
 from voice_library.errors import LibraryError
 from voice_library.index import Index
 from voice_library.location import open_store
-from voice_library.metadata import DESCRIPTIONS, Record, Voice, check_created
+from voice_library.metadata import DESCRIPTIONS, Record, Voice, check_created, described_as
 from voice_library.s3_store import S3Options
 from voice_library.stats import LibraryStats
 from voice_library.store import Store
@@ -127,8 +127,10 @@ class VoiceLibrary:
             LibraryError: invalid_request, reference_unreadable, reference_too_long, voice_exists,
                 voice_library_full, storage_failed.
         """
-        described = _described(
-            name=name,
+        created = check_created(created)
+        described = self.check_new(
+            name,
+            voice_id,
             language=language,
             gender=gender,
             description=description,
@@ -137,10 +139,6 @@ class VoiceLibrary:
             consent=consent,
             source=source,
         )
-        created = check_created(created)
-        if voice_id is not None:
-            naming.check_id(voice_id)
-        self._writer.check_room(described["name"], voice_id)
         prompt = prompt_audio.encode(audio, sample_rate)
         voice = Voice(
             voice_id=voice_id or "",
@@ -151,6 +149,19 @@ class VoiceLibrary:
             **described,
         )
         return self._writer.add(voice, prompt).voice  # which gives an id where there is none
+
+    def check_new(self, name: str, voice_id: str | None = None, **metadata: Any) -> dict[str, Any]:
+        """Refuse what `add` would refuse, before anything is spent on the audio; another worker may still be first.
+        Gives the name and the metadata as they would be kept.
+
+        Raises:
+            LibraryError: invalid_request, voice_exists, voice_library_full, storage_failed.
+        """
+        described = described_as(name=name, **metadata)
+        if voice_id is not None:
+            naming.check_id(voice_id)
+        self._writer.check_room(described["name"], voice_id)
+        return described
 
     def get(self, voice_id: str) -> Voice:
         """The voice of exactly this id.
@@ -215,7 +226,7 @@ class VoiceLibrary:
         if unknown:
             message = f"expected some of {', '.join(DESCRIPTIONS)}, got {', '.join(unknown)}"
             raise LibraryError("invalid_request", message, unknown[0])
-        return self._writer.update(naming.check_id(voice_id), _described(**metadata)).voice
+        return self._writer.update(naming.check_id(voice_id), described_as(**metadata)).voice
 
     def delete(self, voice_id: str) -> None:
         """Remove a voice and all that belongs to it, damaged ones too.
@@ -228,26 +239,30 @@ class VoiceLibrary:
         if record is not None:
             self._cache.drop(record.prompt_key)
 
-    def get_audio(self, voice_id: str) -> tuple[FloatArray, int]:
+    def get_audio(self, voice_id: str, *, is_use: bool = True) -> tuple[FloatArray, int]:
         """A voice's prompt: audio float32 (T,), read-only, and its rate in Hz.
 
-        From memory if it was used lately; read once, however many threads ask at the same time.
+        From memory if it was used lately; read once, however many threads ask at the same time. Counts for
+        `most_used` unless it is no use (`is_use`).
 
         Raises:
             LibraryError: invalid_request, voice_not_found, storage_failed, reference_unreadable (a damaged voice).
         """
         audio, record = self._audio(voice_id)
-        self._count(voice_id)
+        if is_use:
+            self.note_use(voice_id)
         return audio, record.voice.sample_rate
 
-    def get_conditionals(self, voice_id: str, key: str) -> bytes | None:
+    def get_conditionals(self, voice_id: str, key: str, *, is_use: bool = True) -> bytes | None:
         """What some worker stored of a voice under a key; None if none did, or if it is damaged, which is logged.
+        Counts for `most_used` unless it is no use.
 
         Raises:
             LibraryError: invalid_request, voice_not_found, storage_failed.
         """
         self._record(voice_id)
-        self._count(voice_id)
+        if is_use:
+            self.note_use(voice_id)
         return conditionals.get(self._store, voice_id, key)
 
     def put_conditionals(self, voice_id: str, key: str, data: bytes) -> None:
@@ -262,6 +277,20 @@ class VoiceLibrary:
         """
         self._record(voice_id)
         conditionals.put(self._store, voice_id, key, data, older_than_s=inspection.LEFTOVER_AGE_S)
+
+    def note_use(self, voice_id: str) -> None:
+        """Count a use of a voice for `most_used`; for callers that keep what they made of it."""
+        if self._usage.count(voice_id):
+            self._background.run(lambda: self._usage.save(self._ids()))
+
+    def most_used(self, number: int) -> tuple[Voice, ...]:
+        """The voices that all workers used most, most used first.
+
+        Raises:
+            LibraryError: storage_failed.
+        """
+        records = map(self._catalogue().by_id, self._usage.most_used(number))
+        return tuple(record.voice for record in records if record is not None)
 
     def preload(self, voices: Sequence[str] | int) -> Future[int]:
         """Make audio ready in memory, in the background; failures go to the log and `stats`.
@@ -367,13 +396,5 @@ class VoiceLibrary:
         damaged = [self._damaged[r.prompt_key] for r in catalogue.records if r.prompt_key in self._damaged]
         return (*catalogue.problems, *damaged)
 
-    def _count(self, voice_id: str) -> None:
-        if self._usage.count(voice_id):
-            self._background.run(lambda: self._usage.save(self._ids()))
-
     def _ids(self) -> set[str]:
         return {record.voice.voice_id for record in self._index.catalogue.records}
-
-
-def _described(**metadata: Any) -> dict[str, Any]:
-    return {name: DESCRIPTIONS[name](value, name) for name, value in metadata.items()}

@@ -247,3 +247,12 @@ DESCRIPTIONS: Mapping[str, Any] = {
     "source": _check_text,
 }
 """What can be said of a voice and changed later, each with its check: (value, field) -> value, or invalid_request."""
+
+
+def described_as(**metadata: Any) -> dict[str, Any]:
+    """What is said of a voice, as it is kept.
+
+    Raises:
+        LibraryError: invalid_request.
+    """
+    return {name: DESCRIPTIONS[name](value, name) for name, value in metadata.items()}

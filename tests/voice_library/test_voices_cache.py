@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from tests.voice_library.conftest import OpenLibrary
 from tests.voice_library.sounds import RATE, sound
 from voice_library import LibraryError, VoiceLibrary
-from voice_library.audio import FloatArray
+from voice_library.audio import FloatArray, as_kept, audio_hash
 from voice_library.cache import AudioCache, pack, unpack
 from voice_library.store import Store
 
 
 @given(st.lists(st.integers(-(2**23), 2**23 - 1), min_size=1, max_size=50), st.sampled_from([1, 256]))
-def test_packing_loses_nothing_and_takes_three_bytes_a_sample_or_two(integers: list[int], step: int) -> None:
+def test_packing_loses_nothing_and_takes_half_where_sixteen_bits_will_do(integers: list[int], step: int) -> None:
     audio = (np.array(integers) // step * step / 2**23).astype(np.float32)
     packed = pack(audio)
-    assert np.array_equal(unpack(packed), audio)
-    assert packed.nbytes <= (3 if step == 1 else 2) * audio.size
+    assert np.array_equal(unpack(packed), audio) and not unpack(packed).flags.writeable
+    assert packed.nbytes <= (4 if step == 1 else 2) * audio.size
 
 
 def test_audio_is_read_once_and_bounded_by_bytes() -> None:
@@ -157,3 +157,38 @@ def test_damaged_counts_of_use_are_no_counts(library: VoiceLibrary, store: Store
     assert library.preload(3).result(timeout=30) == 0
     library.get_audio(library.find("Anna").voice_id)
     library.close()
+
+
+def test_what_a_voice_will_sound_like_is_known_before_it_is_stored(library: VoiceLibrary) -> None:
+    audio = sound(7, RATE) * 12  # beyond full scale here and there
+    voice = library.add("Anna", audio, RATE)
+    assert np.array_equal(as_kept(audio), library.get_audio(voice.voice_id)[0])
+    assert audio_hash(as_kept(audio), RATE) == voice.audio_hash
+
+
+def test_uses_of_what_callers_keep_are_counted_and_looks_that_are_no_use_are_not(library: VoiceLibrary) -> None:
+    rare, common, looked_at = (library.add(name, sound(seed), RATE) for seed, name in enumerate(("a", "b", "c")))
+    for _ in range(3):
+        library.note_use(common.voice_id)
+        library.get_audio(looked_at.voice_id, is_use=False)
+        library.get_conditionals(looked_at.voice_id, "key", is_use=False)
+    library.get_audio(rare.voice_id)
+    assert library.most_used(10) == (common, rare)
+    library.delete(common.voice_id)
+    assert library.most_used(10) == (rare,)
+
+
+@pytest.mark.parametrize("metadata", [{"tags": "word"}, {"language": "x"}, {"description": "\x00"}, {"gender": 3}])
+def test_what_would_not_be_added_is_refused_before(library: VoiceLibrary, metadata: dict[str, object]) -> None:
+    library.add("Anna", sound(), RATE, voice_id="anna")
+    assert library.check_new("Berta", "berta", tags=["one", "one"])["tags"] == ("one",)
+    for name, voice_id, more, code in (
+        ("Anna", None, {}, "voice_exists"),
+        ("Berta", "anna", {}, "voice_exists"),
+        ("../x", None, {}, "invalid_request"),
+        ("Berta", "../x", {}, "invalid_request"),
+        ("Berta", None, metadata, "invalid_request"),
+    ):
+        with pytest.raises(LibraryError) as raised:
+            library.check_new(name, voice_id, **more)
+        assert raised.value.code == code
