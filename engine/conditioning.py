@@ -49,7 +49,12 @@ def model_key(spec: ModelSpec, fingerprint: str) -> str:
 
 def conditionals_key(prompt: VoicePrompt, spec: ModelSpec, fingerprint: str) -> str:
     """The key that a prompt's conditionals will have, known before they are computed."""
-    return _digest(prompt.key, model_key(spec, fingerprint))
+    return key_of(prompt.key, model_key(spec, fingerprint))
+
+
+def key_of(prompt_key: str, model_key: str) -> str:
+    """The key of the conditionals that a prompt of this content hash has for this checkpoint."""
+    return _digest(prompt_key, model_key)
 
 
 def _digest(*parts: str | bytes) -> str:

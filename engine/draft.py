@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.audio.mastering import resample
 from engine.audio.pitch import median_f0
-from engine.audio.reading import check_reference
+from engine.audio.reading import MIN_REFERENCE_S, check_reference
 from engine.audio.watermark import Watermarker
 from engine.errors import SpeechError
 from engine.espeak import MAX_RATE_WPM, MIN_RATE_WPM, NORMAL_RATE_WPM, EspeakLibrary, library
@@ -89,6 +89,7 @@ class DraftEngine:
 
     model = DRAFT
     sample_rate = SAMPLE_RATE
+    min_reference_s = MIN_REFERENCE_S
     parameters: frozenset[str] = frozenset()
     """Speech parameters that it honours: none."""
 
@@ -173,10 +174,14 @@ class DraftEngine:
         if cached is not None:
             return cached
         check_reference(prompt.audio, prompt.sample_rate, field="voice")
-        conditionals = _conditionals(prompt)
+        conditionals = _conditionals(prompt, self.voice_key(prompt.key))
         with self._lock:
             self._voices[prompt.key] = conditionals
         return conditionals
+
+    def voice_key(self, prompt_key: str) -> str:
+        """The key of `embed`'s result, from the prompt's own: what keeps conditionals keeps them under it."""
+        return f"{prompt_key}:{MODEL_KEY}"
 
     def stats(self) -> dict[str, object]:
         """Figures for people."""
@@ -396,9 +401,9 @@ def _silence(seconds: float) -> FloatArray:
     return np.zeros(round(seconds * SAMPLE_RATE), np.float32)
 
 
-def _conditionals(prompt: VoicePrompt) -> Conditionals:
+def _conditionals(prompt: VoicePrompt, key: str) -> Conditionals:
     return Conditionals(
-        key=f"{prompt.key}:{MODEL_KEY}",
+        key=key,
         model_key=MODEL_KEY,
         speaker_embedding=np.array([median_f0(prompt.audio, prompt.sample_rate) or 0.0], np.float32),
         t3_prompt_tokens=np.zeros(0, np.int32),

@@ -24,7 +24,7 @@ import torch
 from engine import device as devices
 from engine.audio.watermark import Watermarker
 from engine.checkpoint import Checkpoint, find_checkpoint
-from engine.conditioning import Conditioner, LazyConditioner, builtin_conditionals, model_key
+from engine.conditioning import Conditioner, LazyConditioner, builtin_conditionals, key_of, model_key
 from engine.conversion import ConversionIntake
 from engine.core import Core
 from engine.device import DevicePlan
@@ -317,6 +317,19 @@ class Engine:
     def languages(self) -> tuple[str, ...]:
         """Codes that the model speaks and that all is there for."""
         return self._intake.text.languages_ready()
+
+    @property
+    def min_reference_s(self) -> float:
+        """A voice prompt must be longer than this, seconds."""
+        return self._spec.min_reference_s
+
+    def voice_key(self, prompt_key: str) -> str:
+        """The key that the conditionals of a prompt have, from the prompt's own `key` (a hash of its audio).
+
+        Another checkpoint or way of preparing voices gives another key, so that whoever keeps conditionals under it
+        never finds those of another.
+        """
+        return key_of(prompt_key, self._intake.model_key)
 
     @property
     def parameters(self) -> frozenset[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import serialization
 from engine.errors import SpeechError
 
 FloatArray = NDArray[np.float32]
@@ -25,6 +25,9 @@ IntArray = NDArray[np.int32]
 
 SAMPLE_RATE = 24_000
 """Hz of everything the engine gives out (S3Gen's own rate)."""
+
+COMPACT_MARK = "/16"
+"""End of the key of compacted conditionals."""
 
 MAX_SEED = 2**63 - 1
 DRAWN_SEED_BITS = 31
@@ -124,14 +127,26 @@ class Conditionals:
     def num_bytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in _CONDITIONAL_ARRAYS)
 
-    def to_bytes(self) -> bytes:
-        """Serialise as safetensors; `from_bytes` reads it back exactly."""
-        from safetensors.numpy import save
+    def compacted(self) -> Conditionals:
+        """The same voice as `to_bytes(compact=True)` keeps it: its mel in 16 bits, and a key that says so.
 
-        arrays = {name: np.asarray(getattr(self, name)) for name in _CONDITIONAL_ARRAYS}
-        # One entry: safetensors writes several in an order of its own, and equal voices should be equal bytes.
-        about = {"format": "conditionals/1", "key": self.key, "model_key": self.model_key}
-        return save(arrays, metadata={"about": json.dumps(about, sort_keys=True)})
+        Nearly the same is not the same: what is cached of one of the two must not serve the other.
+        """
+        if self.key.endswith(COMPACT_MARK):
+            return self
+        mel = serialization.on_grid(self.s3_prompt_mel)
+        return dataclasses.replace(self, key=self.key + COMPACT_MARK, s3_prompt_mel=mel)
+
+    def to_bytes(self, *, compact: bool = False) -> bytes:
+        """Serialise as safetensors: `from_bytes` reads this back exactly, or, from half of the bytes, `compacted()`."""
+        kept = self.compacted() if compact else self
+        arrays: dict[str, NDArray] = {name: getattr(kept, name) for name in _CONDITIONAL_ARRAYS}
+        about: dict[str, object] = {"format": "conditionals/1", "key": kept.key, "model_key": kept.model_key}
+        if compact:
+            arrays["s3_prompt_mel"], *grid = serialization.to_grid(kept.s3_prompt_mel)
+            arrays |= {name: serialization.narrow(arrays[name]) for name in ("t3_prompt_tokens", "s3_prompt_tokens")}
+            about |= {"format": "conditionals/2", "mel_grid": grid}
+        return serialization.to_bytes(arrays, about)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Conditionals:
@@ -140,16 +155,14 @@ class Conditionals:
         Raises:
             ValueError: when the data is damaged or of another format.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
+        arrays, about = serialization.from_bytes(data)
         try:
-            header_length = int.from_bytes(data[:8], "little")
-            about = json.loads(json.loads(data[8 : 8 + header_length])["__metadata__"]["about"])
-            if about["format"] != "conditionals/1":
+            if about["format"] == "conditionals/2":
+                arrays["s3_prompt_mel"] = serialization.from_grid(arrays["s3_prompt_mel"], *about["mel_grid"])
+            elif about["format"] != "conditionals/1":
                 raise ValueError(f"unknown conditionals format {about['format']!r}")
-            return cls(key=about["key"], model_key=about["model_key"], **load(data))
-        except (SafetensorError, KeyError, TypeError, UnicodeDecodeError, AssertionError) as error:
+            return cls(key=about["key"], model_key=about["model_key"], **arrays)
+        except (KeyError, TypeError, AssertionError) as error:
             raise ValueError(f"damaged conditionals: {error}") from error
 
 

@@ -30,16 +30,17 @@ MAY_IMPORT = {
 ENGINE_ORDER = (
     *(
         "errors",
+        "serialization",
         "types",
         "models",
         "kernels",
         "machine",
-        "packed",
         "device",
         "upstream",
         "noise",
         "weights",
         "keymap",
+        "packed",
         "hub",
         "checkpoint",
     ),
