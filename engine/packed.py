@@ -57,11 +57,11 @@ class HalfLinear(nn.Module):
         self.out_features, self._vectors = layer.out_features, host_vectors()
         shape = tiles_shape(layer.out_features, layer.in_features, self._vectors)
         self.tiles = nn.Parameter(torch.empty(shape, dtype=torch.float16, device="meta"), requires_grad=False)
-        if layer.bias is not None:
-            bias = torch.empty(shape[0] * shape[2], device="meta")
-            self.bias = nn.Parameter(bias, requires_grad=False)
-        else:
-            self.register_buffer("bias", torch.zeros(shape[0] * shape[2], device="cpu"), persistent=False)
+        num_biases = shape[0] * shape[2]
+        if "bias" in dict(layer.named_parameters()):
+            self.bias = nn.Parameter(torch.empty(num_biases, device="meta"), requires_grad=False)
+        else:  # no file will fill it
+            self.register_buffer("bias", torch.zeros(num_biases, device="cpu"), persistent=False)
 
     @functools.cached_property
     def _matrix(self) -> HalfMatrix:

@@ -51,7 +51,7 @@ class Watermarker:
         self._rate: int = settings.sample_rate
         self._floor: float = settings.stft_magnitude_min
         self._min_db: float = 20 * np.log10(settings.stft_magnitude_min)
-        self._subband: int = self._encoder.subband
+        self._subband = int(self._encoder.subband)  # type: ignore[arg-type]
         self._device = next(networks.parameters()).device
         window = torch.hann_window(settings.window_size, device=self._device)
         self._stft = {

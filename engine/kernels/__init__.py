@@ -11,6 +11,7 @@ A row is summed in the same order whatever its neighbours, so its result is the 
 
 from engine.kernels.attention import DecodeAttention, attend
 from engine.kernels.compiler import Vectors, can_compile, host_vectors
+from engine.kernels.full_attention import attend_fully
 from engine.kernels.products import HalfMatrix, as_tiles, product, tiles_shape
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Vectors",
     "as_tiles",
     "attend",
+    "attend_fully",
     "can_compile",
     "host_vectors",
     "product",

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.kernels.compiler import Kernel, Vectors, host_vectors, load_arguments, share_of, splat
+from engine.kernels.parts import declarations, exp2_ir, float_ir
 
 HEAD_DIM = 64
 _UNROLL = 4
 """Positions scored at once: their sums do not wait for each other."""
-_EXP2_TERMS = 8
-"""Taylor terms of 2^f on [-½, ½]: the first left out is 5e-9."""
 _TENSORS = ("query", "key", "value", "keys", "values", "positions", "out", "scratch")
 _SIZES = (
     *("query.stride", "key.stride", "value.stride"),
@@ -82,16 +81,11 @@ def _kernel(vectors: Vectors) -> Kernel:
 
 def _attend_ir(vectors: Vectors) -> str:
     lanes, floats = vectors.lanes, vectors.floats
-    integers = f"<{lanes} x i32>"
     registers = range(HEAD_DIM // lanes)
-    scale = _hex(1.0 / math.sqrt(HEAD_DIM) / math.log(2.0))  # softmax in powers of two
+    scale = float_ir(1.0 / math.sqrt(HEAD_DIM) / math.log(2.0))  # softmax in powers of two
     return f"""
-declare {floats} @llvm.fma.v{lanes}f32({floats}, {floats}, {floats})
-declare {floats} @llvm.rint.v{lanes}f32({floats})
-declare {floats} @llvm.maxnum.v{lanes}f32({floats}, {floats})
-declare float @llvm.maxnum.f32(float, float)
-declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, {floats})
-{_exp2_ir(vectors, integers)}
+{declarations(vectors)}
+{exp2_ir(vectors)}
 define void @attend(ptr %arguments) {{
 entry:
 {load_arguments(_ARGUMENTS)}
@@ -128,14 +122,14 @@ item:
 
 score.loop:
   %s = phi i64 [0, %item], [%s.next, %score.loop]
-  %s.most = phi float [{_hex(-3e38)}, %item], [%s.most{_UNROLL}, %score.loop]
+  %s.most = phi float [{float_ir(-3e38)}, %item], [%s.most{_UNROLL}, %score.loop]
 {_scores_ir("s", _UNROLL, vectors)}
   %s.next = add i64 %s, {_UNROLL}
   %s.more = icmp slt i64 %s.next, %count.unrolled
   br i1 %s.more, label %score.loop, label %score.rest
 
 score.rest:
-  %rest.most = phi float [{_hex(-3e38)}, %item], [%s.most{_UNROLL}, %score.loop]
+  %rest.most = phi float [{float_ir(-3e38)}, %item], [%s.most{_UNROLL}, %score.loop]
   %is.rest = icmp slt i64 %count.unrolled, %count
   br i1 %is.rest, label %rest.loop, label %fill
 
@@ -157,7 +151,7 @@ fill:
 fill.loop:
   %f = phi i64 [%count, %fill], [%f.next, %fill.loop]
   %f.at = getelementptr float, ptr %scores, i64 %f
-  store float {_hex(-3e38)}, ptr %f.at
+  store float {float_ir(-3e38)}, ptr %f.at
   %f.next = add i64 %f, 1
   %f.more = icmp slt i64 %f.next, %count.padded
   br i1 %f.more, label %fill.loop, label %weigh.loop
@@ -207,14 +201,6 @@ done:
   ret void
 }}
 """
-
-
-def _hex(value: float) -> str:
-    """A float32 constant as LLVM wants it: the bits of the double of the same value."""
-    import struct
-
-    rounded = struct.unpack("<f", struct.pack("<f", value))[0]
-    return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
 
 
 def _new_ir(name: str) -> str:
@@ -293,33 +279,3 @@ def _out_ir(register: int, vectors: Vectors) -> str:
   %o{register} = fdiv {vectors.floats} %v.sum{register}.next, %total.all
   %o{register}.at = getelementptr float, ptr %out.head, i64 {register * vectors.lanes}
   store {vectors.floats} %o{register}, ptr %o{register}.at, align 4"""
-
-
-def _exp2_ir(vectors: Vectors, integers: str) -> str:
-    """2^x for x ≤ 0: the whole part into the exponent, the rest by Horner's rule; what is not finite becomes NaN."""
-    floats, lanes = vectors.floats, vectors.lanes
-
-    def all_lanes(value: float) -> str:
-        return f"<{', '.join([f'float {_hex(value)}'] * lanes)}>"
-
-    coefficients = [math.log(2.0) ** n / math.factorial(n) for n in range(_EXP2_TERMS)]
-    horner = "".join(
-        f"""
-  %p{n} = call {floats} @llvm.fma.v{lanes}f32({floats} %p{n + 1}, {floats} %f, {floats} {all_lanes(coefficients[n])})"""
-        for n in reversed(range(_EXP2_TERMS - 1))
-    ).replace(f"%p{_EXP2_TERMS - 1}", all_lanes(coefficients[-1]))
-    return f"""
-define internal {floats} @exp2({floats} %x) alwaysinline {{
-  %clamped = call {floats} @llvm.maxnum.v{lanes}f32({floats} %x, {floats} {all_lanes(-126.0)})
-  %n = call {floats} @llvm.rint.v{lanes}f32({floats} %clamped)
-  %f = fsub {floats} %clamped, %n{horner}
-  %n.int = fptosi {floats} %n to {integers}
-  %biased = add {integers} %n.int, <{", ".join(["i32 127"] * lanes)}>
-  %bits = shl {integers} %biased, <{", ".join(["i32 23"] * lanes)}>
-  %power = bitcast {integers} %bits to {floats}
-  %result = fmul {floats} %p0, %power
-  %is.nan = fcmp uno {floats} %x, zeroinitializer
-  %checked = select <{lanes} x i1> %is.nan, {floats} %x, {floats} %result
-  ret {floats} %checked
-}}
-"""

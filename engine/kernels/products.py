@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.compiler import Kernel, Vectors, host_vectors, load_arguments, share_of, splat
+from engine.kernels.compiler import Kernel, Vectors, host_vectors, load_arguments, share_of
+from engine.kernels.parts import block_ir, declarations
 
 PACKED_ROWS = 24
 """From so many rows on, blocks of rows are transposed first: rows of 4 KiB each would share one set of the cache."""
@@ -49,7 +50,7 @@ class HalfMatrix:
             vectors: None for this CPU's own.
         """
         vectors = vectors or host_vectors()
-        tiles = torch.empty(tiles_shape(*weight.shape, vectors), dtype=torch.float16)
+        tiles = torch.empty(tiles_shape(weight.shape[0], weight.shape[1], vectors), dtype=torch.float16)
         tiles.copy_(as_tiles(weight, vectors))
         bias = torch.zeros(len(weight)) if bias is None else bias.float()
         return cls(tiles, F.pad(bias, (0, tiles.shape[0] * tiles.shape[2] - len(bias))), len(weight), vectors)
@@ -74,7 +75,7 @@ def tiles_shape(num_outputs: int, num_inputs: int, vectors: Vectors) -> tuple[in
 def as_tiles(weight: Tensor, vectors: Vectors) -> Tensor:
     """A weight (outputs, inputs) of any strides seen as tiles, of its own dtype; a copy only where the last tile has to
     be filled up."""
-    num_tiles, _, width = tiles_shape(*weight.shape, vectors)
+    num_tiles, _, width = tiles_shape(weight.shape[0], weight.shape[1], vectors)
     missing = num_tiles * width - len(weight)
     whole = F.pad(weight, (0, 0, 0, missing)) if missing else weight
     return whole.unflatten(0, (num_tiles, width)).transpose(1, 2)
@@ -131,16 +132,16 @@ def _kernel(vectors: Vectors) -> Kernel:
 def _product_ir(vectors: Vectors) -> str:
     """For each tile of the thread's share, the rows in blocks, the last of which may be smaller."""
     width, sizes = vectors.outputs * vectors.lanes, range(1, vectors.most_rows + 1)
-    block = "ptr %block.x, ptr %tile, ptr %tile.bias, ptr %block.out, i64 %inputs, i64 %out.stride"
+    block = "ptr %block.x, ptr %tile, ptr %tile.bias, ptr %block.out, i64 %inputs, i64 %inputs, i64 %out.stride"
     cases = " ".join(f"i64 {rows}, label %block{rows}" for rows in sizes)
     calls = "\n".join(
         f"{name}:\n  call void @{name}({block})\n  br label %next.block"
         for name in ("packed", *(f"block{rows}" for rows in sizes))
     )
     return f"""
-declare {vectors.floats} @llvm.fma.v{vectors.lanes}f32({vectors.floats}, {vectors.floats}, {vectors.floats})
-{"".join(_block_ir(f"block{rows}", rows, vectors) for rows in sizes)}
-{_block_ir("packed", vectors.most_rows, vectors, is_packed=True)}
+{declarations(vectors)}
+{"".join(block_ir(f"block{rows}", rows, vectors, weights_type="half") for rows in sizes)}
+{block_ir("packed", vectors.most_rows, vectors, weights_type="half", is_packed=True)}
 define void @product(ptr %arguments) {{
 entry:
 {load_arguments(_ARGUMENTS)}
@@ -182,76 +183,3 @@ done:
   ret void
 }}
 """
-
-
-def _block_ir(name: str, num_rows: int, vectors: Vectors, *, is_packed: bool = False) -> str:
-    """out[row, tile] = bias[tile] + Σ x[row, i] · weights[i, tile], with all sums in registers.
-
-    The strides are constants, so that the loop over inputs has nothing to compute but addresses.
-    """
-    row_stride, input_stride = ("1", str(num_rows)) if is_packed else ("%inputs", "1")
-    floats, lanes = vectors.floats, vectors.lanes
-    rows, registers = range(num_rows), range(vectors.outputs)
-    bias = "".join(
-        f"""
-  %bias{r}.at = getelementptr float, ptr %bias, i64 {r * lanes}
-  %bias{r} = load {floats}, ptr %bias{r}.at, align 4"""
-        for r in registers
-    )
-    sums = "".join(
-        f"\n  %sum{m}.{r} = phi {floats} [%bias{r}, %entry], [%next{m}.{r}, %loop]" for m in rows for r in registers
-    )
-    weights = "".join(
-        f"""
-  %weight{r}.offset = add i64 %weights.offset, {r * lanes}
-  %weight{r}.at = getelementptr half, ptr %tile, i64 %weight{r}.offset
-  %weight{r}.half = load {vectors.halves}, ptr %weight{r}.at, align 2
-  %weight{r} = fpext {vectors.halves} %weight{r}.half to {floats}"""
-        for r in registers
-    )
-    return f"""
-define internal void @{name}(ptr noalias %x, ptr noalias %tile, ptr noalias %bias, ptr noalias %out,
-                                      i64 %inputs, i64 %out.stride) alwaysinline {{
-entry:{bias}{"".join(_row_start_ir(m, row_stride) for m in rows)}
-  br label %loop
-loop:
-  %i = phi i64 [0, %entry], [%i.next, %loop]{sums}
-  %weights.offset = mul i64 %i, {vectors.outputs * lanes}{weights}
-  %x.offset = mul i64 %i, {input_stride}
-{"".join(_row_ir(m, vectors) for m in rows)}
-  %i.next = add i64 %i, 1
-  %is.more = icmp ult i64 %i.next, %inputs
-  br i1 %is.more, label %loop, label %done
-done:{"".join(_store_ir(m, r, vectors) for m in rows for r in registers)}
-  ret void
-}}
-"""
-
-
-def _row_start_ir(row: int, row_stride: str) -> str:
-    return f"""
-  %x{row}.start = mul i64 {row_stride}, {row}
-  %x{row}.row = getelementptr float, ptr %x, i64 %x{row}.start"""
-
-
-def _row_ir(row: int, vectors: Vectors) -> str:
-    """One row's input times the weights that are in registers."""
-    floats = vectors.floats
-    multiply = "".join(
-        f"""
-  %next{row}.{r} = call {floats} @llvm.fma.v{vectors.lanes}f32({floats} %x{row}, {floats} %weight{r},
-                                                               {floats} %sum{row}.{r})"""
-        for r in range(vectors.outputs)
-    )
-    return f"""
-  %x{row}.at = getelementptr float, ptr %x{row}.row, i64 %x.offset
-  %x{row}.value = load float, ptr %x{row}.at, align 4{splat(f"x{row}", f"%x{row}.value", vectors.lanes)}{multiply}"""
-
-
-def _store_ir(row: int, register: int, vectors: Vectors) -> str:
-    name = f"out{row}.{register}"
-    return f"""
-  %{name}.row = mul i64 %out.stride, {row}
-  %{name}.offset = add i64 %{name}.row, {register * vectors.lanes}
-  %{name}.at = getelementptr float, ptr %out, i64 %{name}.offset
-  store {vectors.floats} %next{row}.{register}, ptr %{name}.at, align 4"""

@@ -9,16 +9,21 @@ never look: only attention needs a mask.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.kernels import attend_fully, can_compile
 
 NUM_HEADS = 8
 INNER_WIDTH = 512
 """8 heads of 64 channels, whatever the model's width."""
 TIME_WIDTH = 320
 NUM_MELS = 80
+MIN_KERNEL_FRAMES = 32
+"""Below, there is nothing to gain."""
 
 
 def time_features(t: Tensor) -> Tensor:
@@ -68,6 +73,34 @@ class ResnetBlock(nn.Module):
         return self.block2(y) + self.shortcut(x)
 
 
+@dataclass(frozen=True)
+class SeenFrames:
+    """What attention may look at: all frames of a row that are not padding.
+
+    Args:
+        mask: bool (rows, 1, 1, frames); None when there is no padding.
+        lengths: int64 (rows,) frames of each row, for the CPU's own kernel; None where it does not run.
+    """
+
+    mask: Tensor | None
+    lengths: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, is_real: Tensor | None) -> SeenFrames:
+        """For a batch (rows, frames, …) padded on the right."""
+        mask = None if is_real is None else is_real[:, None, None]
+        if x.device.type != "cpu" or x.shape[1] < MIN_KERNEL_FRAMES or not can_compile():
+            return cls(mask, None)
+        return cls(mask, torch.full((len(x),), x.shape[1]) if is_real is None else is_real.sum(-1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(rows, heads, frames, 64) each, to (rows, frames, heads × 64)."""
+        if self.lengths is not None and query.dtype == torch.float32:
+            return attend_fully(query, key, value, self.lengths)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+        return attended.transpose(1, 2).flatten(2)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm attention over all frames, then a GELU feed-forward."""
 
@@ -80,11 +113,9 @@ class TransformerBlock(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, seen: SeenFrames) -> Tensor:
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, NUM_HEADS, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.out(seen.attend(*qkv.permute(2, 0, 3, 1, 4)))
         return x + self.down(F.gelu(self.up(self.ffn_norm(x))))
 
 
@@ -96,10 +127,10 @@ class Stage(nn.Module):
         self.resnet = ResnetBlock(in_width, width, time_width)
         self.blocks = nn.ModuleList(TransformerBlock(width) for _ in range(num_blocks))
 
-    def forward(self, x: Tensor, time: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, seen: SeenFrames) -> Tensor:
         x = self.resnet(x, time)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, seen)
         return x
 
 
@@ -149,10 +180,10 @@ class Estimator(nn.Module):
         Returns:
             (rows, frames, 80); padding holds numbers that mean nothing.
         """
-        mask = None if is_real is None else is_real[:, None, None]
-        skip = self.down(torch.cat((x, context), dim=-1), time, mask)
+        seen = SeenFrames.of(x, is_real)
+        skip = self.down(torch.cat((x, context), dim=-1), time, seen)
         y = self.down_conv(skip)
         for stage in self.mid:
-            y = stage(y, time, mask)
-        y = self.up(torch.cat((y, skip), dim=-1), time, mask)
+            y = stage(y, time, seen)
+        y = self.up(torch.cat((y, skip), dim=-1), time, seen)
         return self.out(self.final(self.up_conv(y)))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.conditioning import Conditioner
 from engine.t3.decoder import Decoder

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import DecodeAttention, HalfMatrix, Vectors, attend, can_compile, product
+from engine.kernels import DecodeAttention, HalfMatrix, Vectors, attend, attend_fully, can_compile, product
 from engine.kernels.compiler import AVX2, AVX512, host_vectors
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="the kernels need Linux on x86 with AVX2, and libgomp")
@@ -23,6 +24,17 @@ VECTORS = [
     ),
 ]
 SHAPES = [(96, 64), (100, 33), (31, 7), (1, 1), (640, 512)]
+
+
+TorchThreads = Callable[[int], None]
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[TorchThreads]:
+    """Sets torch's number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def random(*size: int, seed: int = 0) -> torch.Tensor:
@@ -113,6 +125,44 @@ def test_what_lies_beyond_a_rows_position_is_not_read() -> None:
     for row, position in enumerate(step.positions.tolist()):
         step.keys[row, :, position + 1 :] = step.values[row, :, position + 1 :] = torch.nan
     assert torch.equal(attend(step, 20), clean)
+
+
+def frames(rows: int, heads: int, length: int) -> tuple[torch.Tensor, ...]:
+    return tuple(random(rows, length, 3, heads, 64).permute(2, 0, 3, 1, 4))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("vectors", VECTORS)
+@pytest.mark.parametrize(
+    ("heads", "length", "lengths"),
+    [(8, 200, [200]), (2, 65, [65, 30, 1]), (1, 6, [6, 5]), (1, 64, [64]), (3, 129, [7, 129])],
+)
+def test_full_attention_is_torchs_over_the_frames_that_are_real(
+    vectors: Vectors, num_threads: int, heads: int, length: int, lengths: list[int], torch_threads: TorchThreads
+) -> None:
+    torch_threads(num_threads)
+    query, key, value = frames(len(lengths), heads, length)
+    result = attend_fully(query, key, value, torch.tensor(lengths), vectors)
+    for row, real in enumerate(lengths):
+        seen = (tensor[row, :, :real].double() for tensor in (key, value))
+        expected = F.scaled_dot_product_attention(query[row].double(), *seen).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(result[row].double(), expected, atol=3e-6, rtol=1e-5)
+
+
+def test_a_rows_full_attention_is_the_same_bit_for_bit_whatever_its_neighbours() -> None:
+    query, key, value = frames(4, 2, 150)
+    together = attend_fully(query, key, value, torch.tensor([150, 149, 70, 1]))
+    for row, real in enumerate((150, 149, 70, 1)):
+        alone = attend_fully(*(tensor[[row]] for tensor in (query, key, value)), torch.tensor([real]))
+        assert torch.equal(alone[0], together[row])
+
+
+def test_padding_reaches_no_real_frame() -> None:
+    query, key, value = frames(1, 2, 150)
+    clean = attend_fully(query, key, value, torch.tensor([90]))
+    for tensor in (query, key, value):
+        tensor[:, :, 90:] = torch.nan
+    assert torch.equal(attend_fully(query, key, value, torch.tensor([90]))[:, :90], clean[:, :90])
 
 
 def test_kernels_run_from_several_threads_at_once() -> None:
