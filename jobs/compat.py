@@ -15,6 +15,7 @@ from jobs.errors import JobError
 OPERATION_ALIASES: Mapping[str, str] = {
     "voice_cloning": "voice_clone",
     "voice_transfer": "voice_conversion",
+    "list_local_voices": "list_voices",
 }
 
 FIELD_ALIASES: Mapping[str, str] = {
@@ -22,6 +23,11 @@ FIELD_ALIASES: Mapping[str, str] = {
     "language_id": "language",
     "target_speaker": "target_audio",
 }
+
+OPERATION_FIELD_ALIASES: Mapping[str, Mapping[str, str]] = {
+    "voice_clone": {"voice_description": "description"},
+}
+"""Further ones, which mean something to one operation only."""
 
 IGNORED_FIELDS: Mapping[str, str] = {
     "speed": "the model sets its own pace",
@@ -43,7 +49,6 @@ UNSERVED_FIELDS: Mapping[str, str] = {
     "segments": "this worker speaks one text per job; send `text`",
     "subtitles": "this worker does not write subtitles; the result's chunks carry their times",
     "idempotency_key": "this worker keeps no results between jobs",
-    "save_to_library": "this worker has no voice library to save to; send the recording with each job",
 }
 
 
@@ -52,6 +57,9 @@ def adopt(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
 
     A null counts as not given, and so does `false` where a field is not served or not used.
 
+    Args:
+        fields: of the job, with the operation in our name.
+
     Returns:
         The fields that remain, and a warning for each that was ignored.
 
@@ -59,22 +67,23 @@ def adopt(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         JobError: invalid_request, for a field given under both its names and for one not served.
     """
     given = {name: value for name, value in fields.items() if value is not None}
+    aliases = {**FIELD_ALIASES, **OPERATION_FIELD_ALIASES.get(given.get("operation", ""), {})}
     ours: dict[str, Any] = {}
     warnings: list[str] = []
     for name, value in given.items():
-        if name in IGNORED_FIELDS:
+        if name in IGNORED_FIELDS and name not in aliases:
             if value is not False:
                 warnings.append(f"{name} was ignored: {IGNORED_FIELDS[name]}")
         elif name in UNSERVED_FIELDS:
             if value is not False:
                 raise JobError("invalid_request", f"{name} is not served: {UNSERVED_FIELDS[name]}", name)
         else:
-            ours[_our_name(name, given)] = value
+            ours[_our_name(name, given, aliases)] = value
     return ours, tuple(warnings)
 
 
-def _our_name(name: str, given: Mapping[str, Any]) -> str:
-    ours = FIELD_ALIASES.get(name, name)
+def _our_name(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
+    ours = aliases.get(name, name)
     if ours != name and ours in given:
         raise JobError("invalid_request", f"{name} is another name of {ours}; send only one of them", name)
     return ours

@@ -7,10 +7,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.types import ConversionRequest, Speech, SpeechRequest
+from engine.types import Conditionals, ConversionRequest, Speech, SpeechRequest, VoicePrompt
 from jobs.settings import Settings
+
+if TYPE_CHECKING:
+    from jobs.voices import Voices
 
 
 class SpeechEngine(Protocol):
@@ -27,6 +30,16 @@ class SpeechEngine(Protocol):
     @property
     def languages(self) -> Sequence[str]:
         """ISO 639-1 codes that it speaks."""
+
+    @property
+    def min_reference_s(self) -> float:
+        """A voice prompt must be longer than this, seconds."""
+
+    def voice_key(self, prompt_key: str) -> str:
+        """The key that the conditionals of a prompt of this content hash have."""
+
+    def embed(self, prompt: VoicePrompt) -> Conditionals:
+        """A prompt's conditionals, kept for the next time. Blocks."""
 
     def submit(self, request: SpeechRequest) -> Future[Speech]:
         """Start speaking; cancelling the future frees what it holds."""
@@ -48,6 +61,7 @@ class JobContext:
     Args:
         engine: who speaks.
         settings: the deployment's settings.
+        voices: the voice library, or None where none is configured.
         local_files: whether an audio field may be `file:PATH` (a person's own machine only).
         warnings: what reading the input already had to say.
         started_s: `time.perf_counter()` when the job arrived.
@@ -55,6 +69,7 @@ class JobContext:
 
     engine: SpeechEngine
     settings: Settings
+    voices: Voices | None = None
     local_files: bool = False
     warnings: tuple[str, ...] = ()
     started_s: float = field(default_factory=time.perf_counter)

@@ -11,6 +11,7 @@ import uuid
 
 from engine.errors import CODES as ENGINE_CODES
 from engine.errors import SpeechError
+from voice_library.errors import LibraryError
 
 CODES = ENGINE_CODES | {
     "voice_not_found",
@@ -52,7 +53,7 @@ def error_result(error: BaseException) -> dict[str, str | None]:
     An error that nobody foresaw becomes `internal` with a short reference; its traceback goes to the
     log under the same reference, and nowhere else.
     """
-    if isinstance(error, (JobError, SpeechError)):
+    if isinstance(error, (JobError, SpeechError, LibraryError)):
         return _result(error.code, error.message, error.field)
     if _is_lack_of_memory(error):
         _log.error("out of memory", exc_info=error)

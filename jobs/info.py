@@ -8,7 +8,9 @@ import platform
 from typing import Any, get_args
 
 from jobs.context import JobContext
+from jobs.errors import error_result
 from jobs.schema import INPUT_MODELS, AudioFormat, Info
+from voice_library.errors import LibraryError
 
 PROJECT = "worker-chatterbox"
 VERSION = "0.1.0"
@@ -31,8 +33,19 @@ async def run(request: Info, context: JobContext) -> dict[str, Any]:
         "versions": await asyncio.to_thread(versions),
         "limits": context.settings.limits,
         "engine": stats,
+        "voice_library": await asyncio.to_thread(_library_stats, context),
         "warnings": list(context.warnings),
     }
+
+
+def _library_stats(context: JobContext) -> dict[str, Any] | None:
+    """Figures of the voice library; None where there is none. A store that fails is told, and the rest still given."""
+    if context.voices is None:
+        return None
+    try:
+        return context.voices.stats()
+    except LibraryError as error:
+        return error_result(error)
 
 
 def versions() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""The voice a job asks for: from the text of `reference_audio` to a VoicePrompt.
+"""The voice a job asks for: from the text of `reference_audio` to a VoicePrompt, from a name to conditionals.
 
 Everything about a client's bytes is bounded before it is read: the size before decoding base64 or
 opening a file, the duration before decoding samples. Decoding runs in a thread, so that a large
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-from engine.types import FloatArray, VoicePrompt
+from engine.types import FloatArray, Voice, VoicePrompt
 from jobs.context import JobContext
 from jobs.errors import JobError
 from jobs.schema import SpeechInput, Tts, VoiceConversion
 from jobs.settings import Settings
+from jobs.voices import Voices, told_as
 
 BUILT_IN = "built-in"
 """What a result calls the model's own voice."""
@@ -39,19 +40,20 @@ class ResolvedVoice:
 
     Args:
         name: what the result calls it.
-        prompt: the recording; None for the model's built-in voice.
+        spoken: what the engine is given; None for the model's built-in voice.
     """
 
     name: str
-    prompt: VoicePrompt | None = None
+    spoken: Voice | None = None
 
 
 async def resolve_voice(request: SpeechInput | VoiceConversion, context: JobContext) -> ResolvedVoice:
     """Find the voice that a request names, or the deployment's default.
 
     Raises:
-        JobError: voice_not_found, download_refused, reference_unreadable, reference_too_long.
-        SpeechError: reference_unreadable, reference_too_short, reference_too_long, reference_silent.
+        JobError: voice_not_found, storage_failed, download_refused, reference_unreadable, reference_too_short,
+            reference_too_long, reference_silent, invalid_request.
+        SpeechError: those of a recording.
     """
     recorded = "target_audio" if isinstance(request, VoiceConversion) else "reference_audio"
     if (source := getattr(request, recorded)) is not None:
@@ -59,10 +61,41 @@ async def resolve_voice(request: SpeechInput | VoiceConversion, context: JobCont
     if isinstance(request, Tts | VoiceConversion):
         for field in ("voice_id", "voice_name"):
             if (wanted := getattr(request, field)) is not None:
-                raise JobError("voice_not_found", f"no voice {wanted[:80]!r}: this worker has no voice library", field)
+                return await asyncio.to_thread(_named, wanted, field, context)
     if (default := context.settings.default_voice) is not None:
-        raise JobError("voice_not_found", f"DEFAULT_VOICE is {default!r}, and this worker has no voice library")
+        return await asyncio.to_thread(_default, default, context)
     return ResolvedVoice(BUILT_IN)
+
+
+def library_of(context: JobContext, field: str) -> Voices:
+    """The worker's voices.
+
+    Args:
+        field: of the job, which needs them.
+
+    Raises:
+        JobError: where no library is configured.
+    """
+    if context.voices is not None:
+        return context.voices
+    code = "voice_not_found" if field.startswith("voice_") else "invalid_request"
+    raise JobError(code, f"{field}: this worker has no voice library (VOICES_DIR or VOICES_URI)", field)
+
+
+def _named(wanted: str, field: str, context: JobContext) -> ResolvedVoice:
+    """A voice of the library, ready to speak. Blocks."""
+    voices = library_of(context, field)
+    voice = voices.find(wanted, field)
+    with told_as(dict.fromkeys(("voice", "voice_id", "reference_audio"), field)):
+        return ResolvedVoice(voice.name, voices.conditionals(voice))
+
+
+def _default(wanted: str, context: JobContext) -> ResolvedVoice:
+    """The voice of jobs that name none. Blocks."""
+    try:
+        return _named(wanted, "voice_name", context)
+    except JobError as error:
+        raise JobError(error.code, f"DEFAULT_VOICE: {error.message}") from error
 
 
 def read_reference(source: str, field: str, context: JobContext) -> VoicePrompt:

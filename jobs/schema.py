@@ -23,6 +23,7 @@ DEFAULT_OPERATION = "tts"
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 48_000
 MIN_LUFS, MAX_LUFS = -70.0, 0.0
+MAX_LISTED = 1_000
 
 AudioFormat = Literal["wav", "flac", "mp3", "opus"]
 Delivery = Literal["auto", "inline", "s3"]
@@ -110,7 +111,14 @@ class VoiceClone(SpeechInput):
     reference_audio: str = _field(
         "a recording as base64 or data URI", "A recording of the voice: base64 or data URI", default=...
     )
-    voice_name: str | None = _field("a name", "What to call the voice in the result")
+    voice_name: str | None = _field("a name", "What to call the voice, in the result and in the library")
+    save_to_library: bool = _field("true or false", "Keep the voice in the library, as voice_name", default=False)
+    voice_id: str | None = _field("an id", "Id to keep the voice under; one is made of its name if there is none")
+    description: str | None = _field("text", "What to say of the kept voice")
+    gender: str | None = _field("text", "Of the kept voice, in your words")
+    tags: list[str] | None = _field("a list of words", "Words to find the kept voice by")
+    consent: str | None = _field("text", "How the speaker agreed")
+    source: str | None = _field("text", "Where the recording comes from")
 
 
 class VoiceConversion(AudioInput):
@@ -130,6 +138,44 @@ class VoiceConversion(AudioInput):
     )
 
 
+class ListVoices(JobInput):
+    """List the voices of the library; those that meet every condition given."""
+
+    operation: Literal["list_voices"] = "list_voices"
+    language: str | None = _field("a language code such as en", "Voices of this language; pt finds pt-BR too")
+    gender: str | None = _field("text", "Voices of this gender")
+    tag: str | None = _field("a word", "Voices with this tag")
+    text: str | None = _field("text", "Voices with this in their id, name, description or tags")
+    offset: int = _field("an integer of at least 0", "How many to leave out at the start", default=0, ge=0)
+    limit: int = _field(
+        f"an integer from 1 to {MAX_LISTED:,}", "How many to give at most", default=100, ge=1, le=MAX_LISTED
+    )
+
+
+class VoiceInput(JobInput):
+    """What operations on one voice of the library share: which."""
+
+    voice_id: str | None = _field("an id", "Id of a voice in the library")
+    voice_name: str | None = _field("a name", "Name of a voice in the library")
+
+    @property
+    def voice(self) -> tuple[str, str]:
+        """The voice that is meant, and the field that says so."""
+        return (self.voice_name or "", "voice_name") if self.voice_id is None else (self.voice_id, "voice_id")
+
+
+class GetVoice(VoiceInput):
+    """Ask what is known of a voice."""
+
+    operation: Literal["get_voice"] = "get_voice"
+
+
+class DeleteVoice(VoiceInput):
+    """Remove a voice from the library."""
+
+    operation: Literal["delete_voice"] = "delete_voice"
+
+
 class Info(JobInput):
     """Ask what this worker is."""
 
@@ -140,6 +186,9 @@ INPUT_MODELS: Mapping[str, type[JobInput]] = {
     "tts": Tts,
     "voice_clone": VoiceClone,
     "voice_conversion": VoiceConversion,
+    "list_voices": ListVoices,
+    "get_voice": GetVoice,
+    "delete_voice": DeleteVoice,
     "info": Info,
 }
 
@@ -160,7 +209,7 @@ def parse_job(job: Mapping[str, Any]) -> ParsedJob:
     """
     fields = _input_of(job)
     operation = _operation_of(fields)
-    ours, warnings = adopt(fields | {"operation": operation})
+    ours, warnings = adopt({**fields, "operation": operation})
     model = INPUT_MODELS[operation]
     _refuse_unknown(ours, model)
     _refuse_broken_text(ours)
@@ -234,6 +283,12 @@ def _refuse_contradictions(request: JobInput) -> None:
         given = [name for name in names if getattr(request, name, None) is not None]
         if len(given) > 1:
             raise JobError("invalid_request", f"at most one voice may be named, got {' and '.join(given)}", given[1])
+    if isinstance(request, VoiceInput) and (request.voice_id is None) == (request.voice_name is None):
+        raise JobError("invalid_request", "voice_id: expected a voice_id or a voice_name, one of them", "voice_id")
+    if isinstance(request, VoiceClone) and request.save_to_library and request.voice_name is None:
+        raise JobError(
+            "invalid_request", "voice_name: expected a name to save the voice under, it is missing", "voice_name"
+        )
     if isinstance(request, AudioInput):
         _refuse_output_contradictions(request)
 

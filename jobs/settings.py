@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.models import DRAFT, MODELS
@@ -19,14 +20,8 @@ from engine.models import DRAFT, MODELS
 LOCAL_DEFAULTS: Mapping[str, Any] = {"model": DRAFT, "max_result_bytes": 0, "job_timeout_s": 0.0}
 """What differs in local test mode, where there is no platform to set limits. An explicit setting wins."""
 
-_NOT_YET_USED = (
-    "voices_dir",
-    "work_dir",
-    "bucket_endpoint_url",
-    "bucket_name",
-    "bucket_access_key_id",
-    "bucket_secret_access_key",
-)
+_NOT_YET_USED = ("work_dir", "bucket_name")
+_USED_WITH_A_BUCKET = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
 
 _UpperCase = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
 
@@ -52,7 +47,7 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Precision of the models: auto, float32, bfloat16, float16 (x86 CPUs: slow to load, fast)",
+        description="Precision of the models: auto, float32, bfloat16, float16 (T3 on x86 CPUs)",
     )
     max_concurrency: int = Field(
         default=4,
@@ -61,15 +56,40 @@ class Settings(BaseSettings):
         description="Jobs one worker takes at a time and decodes together; the rest wait in the endpoint's queue",
     )
     streaming: bool = Field(default=False, description="Serve streams of pieces. Not built yet: must be off")
-    voices_dir: Path | None = Field(default=None, description="Folder of the voice library. Not built yet")
+    voices_dir: Path | None = Field(
+        default=None, description="Folder of the voice library, such as one on a network volume that all workers share"
+    )
+    voices_uri: str | None = Field(
+        default=None,
+        description="Where the voice library is, instead of VOICES_DIR: a folder, file:///folder or s3://bucket/prefix",
+    )
     default_voice: str | None = Field(
-        default=None, description="Voice of jobs that name none; not set means the model's built-in voice"
+        default=None,
+        description="Id or name of the voice of jobs that name none; not set means the model's built-in voice",
+    )
+    preload_voices: str | None = Field(
+        default=None,
+        description="Voices made ready in the background at start: ids or names with commas between them, or a number "
+        "for so many of the most used",
+    )
+    voices_cache_bytes: int = Field(
+        default=512 << 20,
+        ge=0,
+        description="Most memory for the library's voices, bytes: half of it for recordings, half for what the model "
+        "made of them",
+    )
+    max_voices: int | None = Field(
+        default=None, ge=1, description="At how many voices saving another is refused; not set for no limit"
     )
     work_dir: Path | None = Field(default=None, description="Folder for checkpoints of long jobs. Not built yet")
-    bucket_endpoint_url: str | None = Field(default=None, description="S3 endpoint for results. Not built yet")
+    bucket_endpoint_url: str | None = Field(
+        default=None, description="S3 endpoint of VOICES_URI, where it is not Amazon's"
+    )
     bucket_name: str | None = Field(default=None, description="S3 bucket for results. Not built yet")
-    bucket_access_key_id: SecretStr | None = Field(default=None, description="S3 access key. Not built yet")
-    bucket_secret_access_key: SecretStr | None = Field(default=None, description="S3 secret key. Not built yet")
+    bucket_access_key_id: SecretStr | None = Field(
+        default=None, description="S3 access key; not set means what boto3 finds by itself"
+    )
+    bucket_secret_access_key: SecretStr | None = Field(default=None, description="S3 secret key")
     max_text_chars: int = Field(default=5_000, ge=1, le=500_000, description="Longest text of a `tts` job, characters")
     max_reference_bytes: int = Field(
         default=64_000_000, ge=1_000, le=2**31, description="Largest recording, bytes after base64 decoding"
@@ -103,6 +123,26 @@ class Settings(BaseSettings):
             raise ValueError("this version does not stream yet; leave STREAMING off")
         return value
 
+    @model_validator(mode="after")
+    def _one_library(self) -> Settings:
+        if str(self.voices_dir).startswith("s3:"):
+            raise ValueError("VOICES_DIR: expected a folder; a bucket is set with VOICES_URI")
+        both = self.voices_dir is not None and self.voices_uri is not None
+        if both and Path((self.voices_uri or "").removeprefix("file://")) != self.voices_dir:
+            raise ValueError("VOICES_DIR and VOICES_URI name different libraries; set one of them")
+        return self
+
+    @property
+    def voices_location(self) -> str | None:
+        """Folder or URI of the voice library; None where there is none."""
+        return self.voices_uri or (None if self.voices_dir is None else str(self.voices_dir))
+
+    @property
+    def preloaded(self) -> tuple[str, ...] | int:
+        """PRELOAD_VOICES: names, or how many of the most used."""
+        wanted = [name.strip() for name in (self.preload_voices or "").split(",") if name.strip()]
+        return int(wanted[0]) if len(wanted) == 1 and wanted[0].isdecimal() else tuple(wanted)
+
     def for_local_test(self) -> Settings:
         """These settings with `LOCAL_DEFAULTS` where the environment says nothing."""
         unset = {name: value for name, value in LOCAL_DEFAULTS.items() if name not in self.model_fields_set}
@@ -111,10 +151,12 @@ class Settings(BaseSettings):
     @property
     def unused(self) -> list[str]:
         """Variables that are set although this version does not use them yet."""
-        return [name.upper() for name in _NOT_YET_USED if getattr(self, name) is not None]
+        has_bucket = (self.voices_uri or "").startswith("s3:")
+        names = _NOT_YET_USED if has_bucket else (*_NOT_YET_USED, *_USED_WITH_A_BUCKET)
+        return [name.upper() for name in names if getattr(self, name) is not None]
 
     @property
-    def limits(self) -> dict[str, float]:
+    def limits(self) -> dict[str, float | None]:
         """The limits that a job can run into, as `info` reports them."""
         names = (
             "max_text_chars",
@@ -124,6 +166,7 @@ class Settings(BaseSettings):
             "max_result_bytes",
             "job_timeout_s",
             "max_concurrency",
+            "max_voices",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -137,8 +180,13 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, problem['loc'])).upper()}: {problem['msg']}" for problem in error.errors()]
+        lines = [": ".join(filter(None, (_variable(problem), problem["msg"]))) for problem in error.errors()]
         raise SettingsError("; ".join(lines)) from None
+
+
+def _variable(problem: ErrorDetails) -> str:
+    """The variable that is at fault; nothing where several are, which the message then names."""
+    return ".".join(map(str, problem["loc"])).upper()
 
 
 def settings_table() -> str:

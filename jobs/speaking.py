@@ -97,7 +97,7 @@ async def answer(
 
 def _speech_request(request: SpeechInput, text: str, language: str, voice: ResolvedVoice) -> SpeechRequest:
     parameters = {name: getattr(request, name) for name in PARAMETERS if name in type(request).model_fields}
-    return SpeechRequest(text=text, voice=voice.prompt, language=language, seed=request.seed, **parameters)
+    return SpeechRequest(text=text, voice=voice.spoken, language=language, seed=request.seed, **parameters)
 
 
 def _chunk(chunk: Chunk) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Operation `voice_clone`: speak in the voice of a recording, and say what was made of it."""
+"""Operation `voice_clone`: speak in the voice of a recording, say what was made of it, and save it if asked to."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 from engine.types import VoicePrompt
-from jobs import reference, speaking
+from jobs import delivery, reference, saving, speaking
 from jobs.context import JobContext
 from jobs.errors import JobError
 from jobs.schema import VoiceClone
@@ -39,8 +40,12 @@ SAMPLE_SENTENCES: Mapping[str, str] = {
 """What is said when a job gives a recording and no text."""
 
 
+_ROOM_FOR_VOICE_INFO_BYTES = 64_000
+"""Most that is added to a result once the voice is saved: descriptions of it, of up to 2,000 characters each."""
+
+
 async def run(request: VoiceClone, context: JobContext) -> dict[str, Any]:
-    """Speak `request.text`, or a sample sentence, in the voice of `request.reference_audio`.
+    """Speak `request.text`, or a sample sentence, in the voice of `request.reference_audio`; save it if asked to.
 
     Raises:
         JobError, SpeechError: see the job API's codes.
@@ -48,16 +53,48 @@ async def run(request: VoiceClone, context: JobContext) -> dict[str, Any]:
     language = speaking.checked_language(request.language, context.engine.languages)
     text = _text(request, language)
     speaking.checked_text(text, context.settings.max_text_chars)
+    if request.save_to_library:
+        return await _run_and_save(request, text, language, context)
     voice = await reference.resolve_voice(request, context)
-    assert voice.prompt is not None
-    named = reference.ResolvedVoice(request.voice_name or voice.name, voice.prompt)
-    result = await speaking.speak(request, text, language, named, context)
-    result["voice_info"] = _voice_info(named.name, voice.prompt)
+    assert isinstance(voice.spoken, VoicePrompt), voice
+    named = reference.ResolvedVoice(request.voice_name or voice.name, voice.spoken)
+    result = await _speak(request, text, language, named, context)
+    result["voice_info"] = _voice_info(named.name, voice.spoken)
+    result["warnings"] += _not_saved(request)
+    return result
+
+
+async def _run_and_save(request: VoiceClone, text: str, language: str, context: JobContext) -> dict[str, Any]:
+    """Saving comes last: a job that fails has saved nothing, and may be sent again."""
+    voices = reference.library_of(context, "save_to_library")
+    delivery.check_output(request, context.engine.sample_rate)
+    new = await asyncio.to_thread(saving.prepare, request, language, voices, context)
+    named = reference.ResolvedVoice(new.about["name"], new.conditionals)
+    result = await _speak(request, text, language, named, context)
+    if limit := context.settings.max_result_bytes:
+        await asyncio.to_thread(delivery.check_result, result, max(limit - _ROOM_FOR_VOICE_INFO_BYTES, 1))
+    voice = await asyncio.to_thread(saving.save, new, voices)
+    result["voice_info"] = voice.to_dict() | {"saved": True}
+    result["warnings"] += new.warnings
+    return result
+
+
+async def _speak(
+    request: VoiceClone, text: str, language: str, voice: reference.ResolvedVoice, context: JobContext
+) -> dict[str, Any]:
+    result = await speaking.speak(request, text, language, voice, context)
     if request.text is None:
         result["sample_audio"] = result["audio"]
-    if request.voice_name is not None:
-        result["warnings"].append("voice_name only names the voice in this result; nothing was saved")
     return result
+
+
+def _not_saved(request: VoiceClone) -> list[str]:
+    """What to tell a client who may believe that a voice was saved."""
+    given = [name for name in saving.SAVED_FIELDS if getattr(request, name) is not None]
+    warnings = [f"{name} was ignored: it belongs to a voice that is saved (save_to_library)" for name in given]
+    if request.voice_name is not None:
+        warnings.append("voice_name only names the voice in this result; nothing was saved")
+    return warnings
 
 
 def _text(request: VoiceClone, language: str) -> str:

@@ -24,7 +24,7 @@ async def run(request: VoiceConversion, context: JobContext) -> dict[str, Any]:
     voice = await reference.resolve_voice(request, context)
 
     conversion = await asyncio.to_thread(  # which copies the recording
-        ConversionRequest, audio=audio, sample_rate=sample_rate, voice=voice.prompt, seed=request.seed
+        ConversionRequest, audio=audio, sample_rate=sample_rate, voice=voice.spoken, seed=request.seed
     )
     try:
         return await speaking.answer(request, voice.name, lambda: context.engine.submit_conversion(conversion), context)

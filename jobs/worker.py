@@ -17,16 +17,20 @@ from engine.errors import SpeechError
 from engine.hub import download_bar
 from engine.models import DRAFT
 from engine.types import EngineConfig
-from jobs import delivery, info, tts, voice_clone, voice_conversion
+from jobs import delete_voice, delivery, get_voice, info, list_voices, tts, voice_clone, voice_conversion
 from jobs.context import JobContext, SpeechEngine
 from jobs.errors import JobError, error_result
 from jobs.schema import parse_job
 from jobs.settings import Settings
+from jobs.voices import Voices, open_library
 
 OPERATIONS: Mapping[str, Callable[[Any, JobContext], Awaitable[dict[str, Any]]]] = {
     "tts": tts.run,
     "voice_clone": voice_clone.run,
     "voice_conversion": voice_conversion.run,
+    "list_voices": list_voices.run,
+    "get_voice": get_voice.run,
+    "delete_voice": delete_voice.run,
     "info": info.run,
 }
 
@@ -95,17 +99,21 @@ class Worker:
     Args:
         engine: loaded and ready.
         settings: the deployment's settings.
+        voices: the voice library as this engine speaks it; closed by `close`.
         local_files: whether audio fields may be `file:PATH`; for a person's own machine only.
     """
 
-    def __init__(self, engine: SpeechEngine, settings: Settings, *, local_files: bool = False) -> None:
+    def __init__(
+        self, engine: SpeechEngine, settings: Settings, *, voices: Voices | None = None, local_files: bool = False
+    ) -> None:
         self._engine = engine
         self._settings = settings
+        self._voices = voices
         self._local_files = local_files
 
     @classmethod
     def load(cls, settings: Settings, *, local: bool = False) -> Worker:
-        """Load the engine that the settings name.
+        """Open the voice library and load the engine that the settings name.
 
         Args:
             settings: the deployment's settings.
@@ -113,9 +121,20 @@ class Worker:
                 a download shows its progress.
 
         Raises:
+            LibraryError: storage_failed, invalid_request.
             SpeechError: see `load_engine`.
         """
-        return cls(load_engine(settings, show_download=local), settings, local_files=local)
+        with ExitStack() as undo:
+            library = open_library(settings)  # first: what is wrong with it is told before a model is loaded
+            if library is not None:
+                undo.callback(library.close)
+            engine = load_engine(settings, show_download=local)
+            undo.pop_all()
+        voices = None
+        if library is not None:
+            voices = Voices(library, engine, max_cache_bytes=settings.voices_cache_bytes // 2)
+            voices.preload(settings.preloaded)
+        return cls(engine, settings, voices=voices, local_files=local)
 
     async def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Run one platform job.
@@ -142,7 +161,7 @@ class Worker:
             return error_result(error)
 
     async def _run(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        context = JobContext(self._engine, self._settings, self._local_files)
+        context = JobContext(self._engine, self._settings, self._voices, self._local_files)
         parsed = parse_job(job)
         context = context.with_warnings(parsed.warnings)
         result = await OPERATIONS[parsed.request.operation](parsed.request, context)
@@ -162,12 +181,14 @@ class Worker:
             raise JobError("timed_out", f"the job was not done within JOB_TIMEOUT_S ({limit:g} s)") from None
 
     def close(self) -> None:
-        """Free the engine."""
+        """Store what is still to be stored of voices, and free the engine."""
+        if self._voices is not None:
+            self._voices.close()
         self._engine.close()
 
 
 class BrokenWorker:
-    """A worker whose engine did not load: it answers every job with the reason.
+    """A worker whose engine or voice library did not load: it answers every job with the reason.
 
     A container that dies at its start leaves jobs in the queue with nobody to say why. This one tells
     the client, and asks the platform for a fresh worker (`refresh_worker`), which tries again.
@@ -175,7 +196,7 @@ class BrokenWorker:
 
     def __init__(self, error: BaseException) -> None:
         self._answer = error_result(error)
-        _log.error("the model did not load; every job is answered with: %s", self._answer["error"])
+        _log.error("the worker could not start; every job is answered with: %s", self._answer["error"])
 
     async def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """The reason, for any job."""

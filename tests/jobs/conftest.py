@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,13 @@ import pytest
 import soundfile
 
 from engine.audio.mastering import resample
-from engine.types import Chunk, ConversionRequest, FloatArray, Speech, SpeechRequest
+from engine.types import Chunk, Conditionals, ConversionRequest, FloatArray, Speech, SpeechRequest, VoicePrompt
 from jobs.settings import Settings
+from jobs.voices import Voices, open_library
 from jobs.worker import Worker
+from tests.jobs.voice_support import Draft, MakeWorker
+from tests.voice_library.conftest import bucket as bucket
+from tests.voice_library.conftest import s3_options as s3_options
 
 RATE = 24_000
 
@@ -26,6 +31,7 @@ class ToneEngine:
     model = "tone"
     sample_rate = RATE
     languages = ("en", "fr")
+    min_reference_s = 1.0
     converts = True
     """Whether recordings are answered, with themselves; else they are left pending."""
 
@@ -35,6 +41,14 @@ class ToneEngine:
         self.futures: list[Future[Speech]] = []
         self.closed = False
         self._answer = answer or self.finish
+
+    def voice_key(self, prompt_key: str) -> str:
+        return f"{prompt_key}:tone"
+
+    def embed(self, prompt: VoicePrompt) -> Conditionals:
+        none = np.zeros(0, np.int32)
+        mel, mean = np.zeros((1, 80), np.float32), np.array([prompt.audio.mean()])
+        return Conditionals(self.voice_key(prompt.key), "tone", mean, none, none, mel, mean)
 
     def submit(self, request: SpeechRequest) -> Future[Speech]:
         future: Future[Speech] = Future()
@@ -106,6 +120,27 @@ def make_engine() -> type[ToneEngine]:
 @pytest.fixture
 def worker(engine: ToneEngine, settings: Settings) -> Worker:
     return Worker(engine, settings)
+
+
+@pytest.fixture
+def local(settings: Settings, tmp_path: Path) -> Settings:
+    return settings.model_copy(update={"model": "draft", "voices_dir": tmp_path / "voices"})
+
+
+@pytest.fixture
+def make_worker(local: Settings) -> Iterator[MakeWorker]:
+    """Makes workers on one library, each with an engine and a library object of its own, as after a restart."""
+    opened = []
+
+    def make(engine: Any = None, **changes: Any) -> Worker:
+        changed, speaks = local.model_copy(update=changes), engine or Draft.make()
+        library = open_library(changed)
+        opened.append(Worker(speaks, changed, voices=None if library is None else Voices(library, speaks)))
+        return opened[-1]
+
+    yield make
+    for worker in opened:
+        worker.close()
 
 
 @pytest.fixture

@@ -12,25 +12,30 @@ from hypothesis import strategies as st
 
 from jobs.compat import FIELD_ALIASES, IGNORED_FIELDS, UNSERVED_FIELDS
 from jobs.errors import CODES
-from jobs.schema import Tts, VoiceConversion
+from jobs.schema import INPUT_MODELS
 from jobs.worker import Worker
 
 TEXT = st.text(st.characters(), max_size=20)  # half surrogate pairs included: JSON can carry them
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
-KNOWN = [*Tts.model_fields, *VoiceConversion.model_fields, *FIELD_ALIASES, *IGNORED_FIELDS, *UNSERVED_FIELDS]
+FIELDS = {name for model in INPUT_MODELS.values() for name in model.model_fields}
+KNOWN = sorted(FIELDS | {*FIELD_ALIASES, *IGNORED_FIELDS, *UNSERVED_FIELDS})
+OPERATIONS = [*INPUT_MODELS, "voice_cloning", "voice_transfer", "list_local_voices"]
 NAMES = st.sampled_from(KNOWN) | TEXT
 LIKELY = st.fixed_dictionaries(
     {},
     optional={
         "text": st.sampled_from(["Hello", "", "😀", "a" * 6_000]) | VALUES,
-        "operation": st.sampled_from(["tts", "voice_clone", "voice_cloning", "voice_transfer", "info"]) | VALUES,
+        "operation": st.sampled_from(OPERATIONS) | VALUES,
         "input_audio": st.sampled_from(["AAAA", "data:,x", "file:x"]) | VALUES,
         "reference_audio": st.sampled_from(["AAAA", "data:,x", "file:x", "s3://b/k"]) | VALUES,
         "temperature": st.floats(0, 2) | VALUES,
         "output_format": st.sampled_from(["wav", "opus"]) | VALUES,
         "sample_rate": st.integers(8_000, 48_000) | VALUES,
         "seed": st.integers() | VALUES,
+        "save_to_library": st.booleans(),
+        "voice_id": st.sampled_from(["anna", "../x", "é"]) | TEXT,
+        "voice_name": st.sampled_from(["Anna", "anna", "Ann", ".."]) | TEXT,
     },
 )
 INPUTS = VALUES | st.builds(lambda some, more: {**more, **some}, LIKELY, st.dictionaries(NAMES, VALUES, max_size=4))

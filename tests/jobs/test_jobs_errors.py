@@ -11,14 +11,27 @@ import pytest
 from engine.errors import CODES as ENGINE_CODES
 from engine.errors import SpeechError
 from jobs.errors import CODES, JobError, error_result
+from voice_library.errors import CODES as LIBRARY_CODES
+from voice_library.errors import LibraryError
 
 
 def test_every_code_of_the_engine_is_a_code_of_jobs() -> None:
     assert ENGINE_CODES < CODES
 
 
-@pytest.mark.parametrize("error", [JobError("voice_not_found", "no ann", "voice_id"), SpeechError("internal", "x")])
-def test_a_foreseen_error_keeps_its_code_message_and_field(error: JobError | SpeechError) -> None:
+def test_every_code_of_the_library_is_a_code_of_jobs() -> None:
+    assert LIBRARY_CODES < CODES
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        JobError("voice_not_found", "no ann", "voice_id"),
+        SpeechError("internal", "x"),
+        LibraryError("storage_failed", "gone", "uri"),
+    ],
+)
+def test_a_foreseen_error_keeps_its_code_message_and_field(error: JobError | SpeechError | LibraryError) -> None:
     assert error_result(error) == {"error": error.message, "error_code": error.code, "field": error.field}
 
 

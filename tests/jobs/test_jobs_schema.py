@@ -9,7 +9,7 @@ import pytest
 from engine.types import PARAMETERS
 from jobs.compat import IGNORED_FIELDS, UNSERVED_FIELDS
 from jobs.errors import JobError
-from jobs.schema import Info, Tts, VoiceClone, parse_job
+from jobs.schema import DeleteVoice, GetVoice, Info, ListVoices, Tts, VoiceClone, parse_job
 
 
 def parse(**fields: object) -> object:
@@ -32,6 +32,9 @@ def test_operation_defaults_to_tts_and_nulls_count_as_not_given() -> None:
 def test_each_operation_has_its_own_model() -> None:
     assert isinstance(parse(operation="info"), Info)
     assert isinstance(parse(operation="voice_cloning", reference_audio="AAAA"), VoiceClone)
+    assert isinstance(parse(operation="list_local_voices"), ListVoices)
+    assert isinstance(parse(operation="get_voice", voice_id="v"), GetVoice)
+    assert isinstance(parse(operation="delete_voice", voice_name="v"), DeleteVoice)
 
 
 @pytest.mark.parametrize("job", [{}, {"input": None}, {"input": []}, {"input": "text"}, {"input": True}])
@@ -41,11 +44,11 @@ def test_a_job_without_an_input_object_is_invalid(job: dict) -> None:
     assert (caught.value.code, caught.value.field) == ("invalid_request", "input")
 
 
-@pytest.mark.parametrize("operation", ["long_form", "voice_transfers", "list_voices", "sing", "", 3, True, [], {}])
+@pytest.mark.parametrize("operation", ["long_form", "voice_transfers", "list_voice", "sing", "", 3, True, [], {}])
 def test_an_operation_that_is_not_served_is_refused_with_those_that_are(operation: object) -> None:
     error = refusal(operation=operation, text="Hello")
     assert (error.code, error.field) == ("invalid_request", "operation")
-    assert "tts, voice_clone, voice_conversion, info" in error.message
+    assert "tts, voice_clone, voice_conversion, list_voices, get_voice, delete_voice, info" in error.message
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,33 @@ def test_what_is_not_served_is_refused_by_name_and_never_dropped(name: str) -> N
 
 def test_a_field_and_its_other_name_are_not_taken_together() -> None:
     assert refusal(text="Hello", cfg=0.5, cfg_weight=0.6).field == "cfg"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"operation": "get_voice"}, "voice_id"),
+        ({"operation": "delete_voice", "voice_id": "v", "voice_name": "v"}, "voice_id"),
+        ({"operation": "list_voices", "limit": 0}, "limit"),
+        ({"operation": "list_voices", "limit": 10_000}, "limit"),
+        ({"operation": "list_voices", "offset": -1}, "offset"),
+        ({"operation": "list_voices", "tags": "x"}, "tags"),
+        ({"operation": "voice_clone", "reference_audio": "A", "save_to_library": True}, "voice_name"),
+        ({"operation": "voice_clone", "reference_audio": "A", "save_to_library": "yes"}, "save_to_library"),
+        ({"operation": "voice_clone", "reference_audio": "A", "tags": "x"}, "tags"),
+        ({"operation": "voice_clone", "reference_audio": "A", "tags": [1]}, "tags"),
+        ({"operation": "voice_clone", "reference_audio": "A", "description": "x", "voice_description": "y"}, None),
+    ],
+)
+def test_a_wrong_field_of_the_library_is_refused_by_name(fields: dict[str, object], field: str | None) -> None:
+    error = refusal(**fields)
+    assert (error.code, error.field) == ("invalid_request", field or "voice_description")
+
+
+def test_other_workers_description_of_a_voice_is_that_of_one_that_is_cloned_and_else_ignored() -> None:
+    request = parse(operation="voice_clone", reference_audio="AAAA", voice_description="warm")
+    assert isinstance(request, VoiceClone) and request.description == "warm"
+    assert len(parse_job({"input": {"text": "Hello", "voice_description": "warm"}}).warnings) == 1
 
 
 def test_contradictions_of_output_are_refused() -> None:

@@ -39,6 +39,9 @@ def test_variables_are_read_and_empty_ones_count_as_not_set(monkeypatch: pytest.
         ("LOG_LEVEL", "loud"),
         ("STREAMING", "true"),
         ("JOB_TIMEOUT_S", "-1"),
+        ("VOICES_DIR", "s3://bucket/voices"),
+        ("VOICES_CACHE_BYTES", "-1"),
+        ("MAX_VOICES", "0"),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_its_variable(
@@ -54,12 +57,35 @@ def test_a_secret_shows_in_no_representation(monkeypatch: pytest.MonkeyPatch) ->
     settings = read_settings()
     assert "hush" not in repr(settings)
     assert settings.unused == ["BUCKET_SECRET_ACCESS_KEY"]
+    monkeypatch.setenv("VOICES_URI", "s3://bucket/voices")
+    assert read_settings().unused == []
 
 
 def test_local_defaults_yield_to_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_settings().for_local_test().model == LOCAL_DEFAULTS["model"] == "draft"
     monkeypatch.setenv("MODEL", "turbo")  # the worker's default, yet said explicitly
     assert read_settings().for_local_test().model == "turbo"
+
+
+@pytest.mark.parametrize("uri", ["/data/voices", "/data/voices/", "file:///data/voices"])
+def test_a_library_named_twice_alike_is_taken_and_two_libraries_are_refused(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VOICES_DIR", "/data/voices")
+    assert read_settings().voices_location == "/data/voices"
+    monkeypatch.setenv("VOICES_URI", uri)
+    assert read_settings().voices_location == uri
+    monkeypatch.setenv("VOICES_DIR", "/data/others")
+    with pytest.raises(SettingsError, match="^Value error, VOICES_DIR and VOICES_URI"):
+        read_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("", ()), ("Anna", ("Anna",)), (" Anna ,, Zoë L.,", ("Anna", "Zoë L.")), ("20", 20)]
+)
+def test_voices_to_preload_are_names_or_a_number(text: str, wanted: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRELOAD_VOICES", text)
+    assert read_settings().preloaded == wanted
 
 
 def test_settings_are_frozen(settings: Settings) -> None:
