@@ -161,7 +161,9 @@ class Voices:
                 "max_bytes": self._kept.maxsize,
             }
             conditionals = {**self._counts, **memory}
-        return {**dataclasses.asdict(self.library.stats()), "conditionals": conditionals}
+        library = dataclasses.asdict(self.library.stats())
+        not_ours = ("num_preloaded", "num_preload_failures")  # preloading here makes conditionals ready, not audio
+        return {**{name: library[name] for name in library if name not in not_ours}, "conditionals": conditionals}
 
     def close(self) -> None:
         """Store what is still to be stored, and close the library."""

@@ -102,6 +102,10 @@ class Catalogue:
     def not_found(self, id_or_name: str, field: str) -> LibraryError:
         """The error for a voice that is not there, with those that may have been meant."""
         alike = self._folded.get(naming.fold(id_or_name), [])
+        if len(alike) == 1:  # which `match` would have found: an id was wanted
+            name, voice_id = alike[0].voice.name, alike[0].voice.voice_id
+            message = f"no voice has the id {id_or_name!r}; did you mean {name!r}, whose id is {voice_id!r}?"
+            return LibraryError("voice_not_found", message, field, [name])
         if alike:
             names = sorted(record.voice.name for record in alike)
             message = f"{id_or_name!r} may be any of several voices, which differ in case only: {_listed(names)}"

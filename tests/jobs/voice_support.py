@@ -41,7 +41,7 @@ def run(worker: Worker | BrokenWorker, **fields: Any) -> dict[str, Any]:
 def recorded(pitch_hz: float = 130.0, duration_s: float = 6.0) -> str:
     """A recording of a voice as base64."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, speech(duration_s, pitch_hz=pitch_hz), 24_000, format="WAV", subtype="PCM_24")
+    soundfile.write(buffer, speech(duration_s, pitch_hz=pitch_hz), 24_000, format="WAV", subtype="FLOAT")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
