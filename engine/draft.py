@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import cachetools
 import numpy as np
@@ -20,7 +21,6 @@ import numpy as np
 from engine.audio.mastering import resample
 from engine.audio.pitch import median_f0
 from engine.audio.reading import MIN_REFERENCE_S, check_reference
-from engine.audio.watermark import Watermarker
 from engine.errors import SpeechError
 from engine.espeak import MAX_RATE_WPM, MIN_RATE_WPM, NORMAL_RATE_WPM, EspeakLibrary, library
 from engine.models import DRAFT
@@ -40,6 +40,9 @@ from engine.types import (
     Voice,
     VoicePrompt,
 )
+
+if TYPE_CHECKING:
+    from engine.audio.watermark import Watermarker
 
 MODEL_KEY = "draft/1"
 
@@ -110,6 +113,8 @@ class DraftEngine:
         Raises:
             SpeechError: model_unavailable, watermark_unavailable.
         """
+        from engine.audio.watermark import Watermarker  # imports torch, which the draft voice needs for nothing else
+
         return cls(library(), Watermarker.load() if config.watermark else None, config.max_chunk_chars)
 
     @property
