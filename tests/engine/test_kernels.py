@@ -94,8 +94,8 @@ def test_attention_is_that_of_the_positions_a_row_sees_and_writes_the_new_one(
     result = attend(step, length, vectors)
     for row, position in enumerate(positions):
         keys[row, :, position], values[row, :, position] = step.key[row, :, 0].half(), step.value[row, :, 0].half()
-        seen = (cache[row, :, : position + 1].double() for cache in (keys, values))
-        expected = F.scaled_dot_product_attention(step.query[row].double(), *seen)
+        seen_keys, seen_values = (cache[row, :, : position + 1].double() for cache in (keys, values))
+        expected = F.scaled_dot_product_attention(step.query[row].double(), seen_keys, seen_values)
         torch.testing.assert_close(result[row].double(), expected.flatten(), atol=2e-6, rtol=1e-5)
     assert torch.equal(step.keys, keys) and torch.equal(step.values, values)
 
@@ -127,8 +127,9 @@ def test_what_lies_beyond_a_rows_position_is_not_read() -> None:
     assert torch.equal(attend(step, 20), clean)
 
 
-def frames(rows: int, heads: int, length: int) -> tuple[torch.Tensor, ...]:
-    return tuple(random(rows, length, 3, heads, 64).permute(2, 0, 3, 1, 4))
+def frames(rows: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value = random(rows, length, 3, heads, 64).permute(2, 0, 3, 1, 4)
+    return query, key, value
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
@@ -144,8 +145,9 @@ def test_full_attention_is_torchs_over_the_frames_that_are_real(
     query, key, value = frames(len(lengths), heads, length)
     result = attend_fully(query, key, value, torch.tensor(lengths), vectors)
     for row, real in enumerate(lengths):
-        seen = (tensor[row, :, :real].double() for tensor in (key, value))
-        expected = F.scaled_dot_product_attention(query[row].double(), *seen).transpose(0, 1).flatten(1)
+        seen_keys, seen_values = (tensor[row, :, :real].double() for tensor in (key, value))
+        expected = F.scaled_dot_product_attention(query[row].double(), seen_keys, seen_values)
+        expected = expected.transpose(0, 1).flatten(1)
         torch.testing.assert_close(result[row].double(), expected, atol=3e-6, rtol=1e-5)
 
 
@@ -153,7 +155,7 @@ def test_a_rows_full_attention_is_the_same_bit_for_bit_whatever_its_neighbours()
     query, key, value = frames(4, 2, 150)
     together = attend_fully(query, key, value, torch.tensor([150, 149, 70, 1]))
     for row, real in enumerate((150, 149, 70, 1)):
-        alone = attend_fully(*(tensor[[row]] for tensor in (query, key, value)), torch.tensor([real]))
+        alone = attend_fully(query[[row]], key[[row]], value[[row]], torch.tensor([real]))
         assert torch.equal(alone[0], together[row])
 
 
@@ -167,7 +169,7 @@ def test_padding_reaches_no_real_frame() -> None:
 
 def test_kernels_run_from_several_threads_at_once() -> None:
     matrix, x = HalfMatrix.pack(random(640, 512), None), random(5, 512, seed=1)
-    expected, results = product(x, matrix), []
+    expected, results = product(x, matrix), list[torch.Tensor]()
     threads = [threading.Thread(target=lambda: results.extend(product(x, matrix) for _ in range(50))) for _ in range(4)]
     for thread in threads:
         thread.start()
