@@ -92,7 +92,7 @@ $(RUN_STAMP):
 	@$(PIP) --no-deps --retries 1 --timeout 15 $(addprefix --extra-index-url ,$(TORCH_INDEX)) -c $(CONSTRAINTS) torch >&2
 	@$(PIP) -q -c $(CONSTRAINTS) -r requirements.txt -r requirements-draft.txt
 	@$(PIP) -q --no-deps -c $(CONSTRAINTS) -r requirements-upstream.txt
-	@$(PY) -c 'from engine import upstream; upstream.chatterbox(); upstream.perth()'
+	@$(PY) -c 'from engine import upstream; upstream.chatterbox(); upstream.perth_network("model.encoder")'
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
