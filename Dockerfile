@@ -27,7 +27,7 @@ COPY voice_library/ voice_library/
 
 # An image whose packages do not import together, or that could not watermark, is not worth pushing.
 RUN python -m compileall -q engine jobs voice_library handler.py \
-    && python -c "from engine import upstream; upstream.chatterbox(); upstream.perth()"
+    && python -c "from engine import upstream; upstream.chatterbox(); upstream.perth_network('model.encoder')"
 
 # Runs as root, because RunPod mounts network volumes for root.
 ENV MODEL=turbo
