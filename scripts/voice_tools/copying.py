@@ -15,6 +15,7 @@ from typing import Any, Literal
 import soundfile
 
 from voice_library import LibraryError, Voice, VoiceLibrary
+from voice_library.audio import FloatArray
 from voice_library.conditionals import MAX_BYTES as MAX_CONDITIONALS_BYTES
 from voice_library.conditionals import folder as conditionals_folder
 from voice_library.store import Store
@@ -72,7 +73,8 @@ def carry_out(step: Step, source: VoiceLibrary, target: VoiceLibrary) -> None:
     """Do one step of a plan.
 
     Raises:
-        LibraryError: what either library raises; voice_exists when another voice has the name.
+        LibraryError: what either library raises; voice_exists when another voice has the name. A voice that was
+            to be replaced and could not be is put back as it was.
     """
     voice = step.voice
     if step.action == "update":
@@ -82,10 +84,51 @@ def carry_out(step: Step, source: VoiceLibrary, target: VoiceLibrary) -> None:
         target.delete(voice.voice_id)
         return
     audio, rate = source.get_audio(voice.voice_id)  # before anything is deleted: the source's may be damaged
-    if step.action == "replace":
-        target.delete(voice.voice_id)
+    if step.action == "add":
+        _add(target, voice, audio, rate)
+    else:
+        _replace(target, voice, audio, rate)
+
+
+def _add(target: VoiceLibrary, voice: Voice, audio: FloatArray, rate: int) -> None:
     metadata = _metadata(voice)
     target.add(metadata.pop("name"), audio, rate, voice_id=voice.voice_id, created=voice.created, **metadata)
+
+
+def _replace(target: VoiceLibrary, voice: Voice, audio: FloatArray, rate: int) -> None:
+    """Give an id of the target other audio. An id is free for it only once its voice is deleted, so all that can
+    be known to fail is looked for before, and the old voice is kept in memory until the new one is there."""
+    others = (each for each in target.list().voices if each.voice_id != voice.voice_id)
+    if any(voice.name in (other.name, other.voice_id) for other in others):
+        message = f"another voice of the target has the name or id {voice.name!r}; nothing was deleted"
+        raise LibraryError("voice_exists", message, "name")
+    old = target.get(voice.voice_id)
+    old_audio = _audio_if_sound(target, voice.voice_id)
+    target.delete(voice.voice_id)
+    try:
+        _add(target, voice, audio, rate)
+    except LibraryError as error:
+        if old_audio is not None:
+            _put_back(target, old, *old_audio, after=error)
+        raise
+
+
+def _put_back(target: VoiceLibrary, old: Voice, audio: FloatArray, rate: int, *, after: LibraryError) -> None:
+    try:
+        _add(target, old, audio, rate)
+    except LibraryError as error:
+        message = f"{after.message}; the target's {old.voice_id} could not be put back: {error.message}"
+        raise LibraryError(after.code, message, after.field) from error
+
+
+def _audio_if_sound(library: VoiceLibrary, voice_id: str) -> tuple[FloatArray, int] | None:
+    """A voice's audio; None for a damaged one, of which there is nothing to put back."""
+    try:
+        return library.get_audio(voice_id, is_use=False)
+    except LibraryError as error:
+        if error.code != "reference_unreadable":
+            raise
+        return None
 
 
 def copy_conditionals(voice_ids: set[str], source: Store, target: Store, *, dry_run: bool = False) -> int:

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from scripts.voice_tools.copying import carry_out, plan_sync
 from tests.voice_library.recordings import RATE_HZ, FloatArray, silence, speech
-from voice_library import VoiceLibrary
+from voice_library import LibraryError, Voice, VoiceLibrary
+from voice_library.folder_store import FolderStore
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -251,6 +253,51 @@ def test_sync_carries_over_changes_and_deletes_only_when_told_to(voices: Run, li
     assert "--yes" in failed(voices("sync", library, target, "--delete"))
     succeeded(voices("sync", library, target, "--delete", "--yes"))
     assert set(listed(voices, target)) == {"anna", "bob"}
+
+
+def test_sync_keeps_a_voice_whose_replacement_has_the_name_of_another_and_does_the_rest(
+    voices: Run, library: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    put_voice(library, "Bob", "a")
+    put_voice(library, "Carla", "c", pitch_hz=110.0)
+    put_voice(target, "Al", "a", pitch_hz=100.0)
+    put_voice(target, "Bob", "b", pitch_hz=90.0)
+    before = listed(voices, target)
+    done = voices("sync", library, target)
+    assert done.returncode == 1 and "voice_exists" in done.stderr and "1 failed" in done.stdout
+    after = listed(voices, target)
+    assert after.pop("c") == listed(voices, library)["c"] and after == before
+
+
+@pytest.mark.parametrize("code", ["storage_failed", "voice_exists"])
+def test_a_voice_that_cannot_be_replaced_is_put_back_as_it_was(library: Path, tmp_path: Path, code: str) -> None:
+    put_voice(library, "Anna", "a")
+    put_voice(tmp_path / "target", "Al", "a", pitch_hz=100.0, tags=["old"])
+    with VoiceLibrary.open(library) as source, FailsOnce(FolderStore(tmp_path / "target"), code) as target:
+        old, (old_audio, _) = target.get("a"), target.get_audio("a")
+        (step,) = plan_sync(source, target, delete=False)
+        with pytest.raises(LibraryError) as raised:
+            carry_out(step, source, target)
+        assert raised.value.code == code and target.num_adds == 2
+        assert target.get("a") == old and np.array_equal(target.get_audio("a")[0], old_audio)
+        carry_out(step, source, target)
+        assert target.get("a").audio_hash == source.get("a").audio_hash
+
+
+class FailsOnce(VoiceLibrary):
+    """A library of which the first add fails."""
+
+    def __init__(self, store: FolderStore, code: str) -> None:
+        super().__init__(store)
+        self._code = code
+        self.num_adds = 0
+
+    def add(self, *arguments: Any, **options: Any) -> Voice:
+        self.num_adds += 1
+        if self.num_adds == 1:
+            raise LibraryError(self._code, "it fails")
+        return super().add(*arguments, **options)
 
 
 @pytest.mark.parametrize("state", ["empty", "damaged"])
