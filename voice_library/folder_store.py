@@ -74,6 +74,7 @@ class FolderStore:
         with self._reported("delete", key):
             if not self._is_version(key, version):
                 return False
+            aside.parent.mkdir(parents=True, exist_ok=True)  # copying a library may leave empty folders out
             try:
                 os.rename(path, aside)
             except FileNotFoundError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from voice_library.folder_store import FolderStore
 from voice_library.store import Store
 
 
@@ -110,3 +112,12 @@ def test_a_reader_never_sees_a_part_of_a_blob(store: Store) -> None:
                 store.write("a", blob)
         is_done.set()
         assert set[bytes | None]().union(*(reader.result() for reader in readers)) <= blobs
+
+
+def test_removing_works_in_a_folder_copied_without_its_empty_folders(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.write("a/b", b"one")
+    (tmp_path / "tmp").rmdir()
+    (seen,) = store.list("a/")
+    assert store.remove("a/b", seen.version)
+    assert store.read("a/b", 10) is None
