@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from voice_library import naming
-from voice_library.audio import MAX_RATE_HZ, MIN_RATE_HZ
+from voice_library.audio import MAX_PROMPT_S, MAX_RATE_HZ, MIN_RATE_HZ
 from voice_library.errors import LibraryError
 
 MAX_TEXT_CHARS = 2_000
@@ -133,6 +133,8 @@ class Record:
             raise ValueError(f"a field is missing or of a wrong kind: {error}") from error
         if not abs(record.voice.duration_s * record.voice.sample_rate - record.num_samples) <= 1:  # NaN is damage too
             raise ValueError("duration and number of samples do not agree")
+        if record.num_samples > MAX_PROMPT_S * record.voice.sample_rate:  # what reads the audio makes room for them
+            raise ValueError(f"{record.num_samples} samples are more than {MAX_PROMPT_S:g} s")
         return record
 
 

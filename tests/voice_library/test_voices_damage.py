@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -139,6 +140,16 @@ def test_no_byte_of_a_record_can_be_changed_into_something_unforeseen(data: st.D
     except ValueError:
         return
     assert Record.from_bytes(record.to_bytes()) == record
+
+
+def test_a_record_of_more_audio_than_is_ever_kept_is_damage(library: VoiceLibrary, store: Store) -> None:
+    """Even one whose duration agrees: room is made for the samples it tells of."""
+    library.add("Anna", sound(), RATE)
+    content = json.loads(store.read(record_key("Anna"), 1 << 20) or b"")
+    for seconds, is_sound in ((600, True), (601, False), (10**9, False)):
+        content["voice"]["duration_s"], content["prompt"]["num_samples"] = float(seconds), seconds * RATE
+        with contextlib.nullcontext() if is_sound else pytest.raises(ValueError, match="more than 600 s"):
+            Record.from_bytes(json.dumps(content).encode())
 
 
 def test_a_record_under_another_name_is_damage(library: VoiceLibrary, store: Store) -> None:
