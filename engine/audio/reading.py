@@ -26,6 +26,11 @@ MIN_SOUND_S = 0.2
 MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 192_000
 MAX_CHANNELS = 8
 
+_FULL_RATE_HZ = 48_000
+_ALWAYS_ROOM_S = 60.0
+"""Above 48 kHz a recording may have no more samples than the longest one at 48 kHz, but always those of 60 s
+of that: seconds alone would let four times the memory in at 192 kHz."""
+
 _CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG"})
 _FOREIGN = (
     (b"....ftyp", "MP4 (m4a, AAC)"),
@@ -54,7 +59,7 @@ def decode(data: bytes, *, max_duration_s: float, field: str) -> tuple[FloatArra
 
     Channels are averaged. Float samples beyond full scale are brought back to it as a whole. Of a
     damaged file, what comes before the damage is read. Memory stays within about twice of what
-    `max_duration_s` of mono audio takes, whatever the header says.
+    `max_duration_s` (or 60 s, if that is more) of mono audio at 48 kHz takes, whatever the header says.
 
     Args:
         data: the file.
@@ -73,7 +78,7 @@ def decode(data: bytes, *, max_duration_s: float, field: str) -> tuple[FloatArra
         raise _unreadable(field, f"expected a wav, flac, mp3 or ogg file{_but_got(data)}") from error
     with file:
         _check_header(file, field)
-        audio = _collect(_mono_blocks(file), int(max_duration_s * file.samplerate), max_duration_s, field)
+        audio = _collect(_mono_blocks(file), file.samplerate, max_duration_s, field)
         return _checked_samples(audio, field), file.samplerate
 
 
@@ -126,17 +131,22 @@ def _mono_blocks(file: soundfile.SoundFile) -> Iterator[FloatArray]:
         yield mono
 
 
-def _collect(blocks: Iterator[FloatArray], max_frames: int, max_duration_s: float, field: str) -> FloatArray:
+def _collect(blocks: Iterator[FloatArray], rate_hz: int, max_duration_s: float, field: str) -> FloatArray:
+    max_frames = _max_frames(rate_hz, max_duration_s)
     kept: list[FloatArray] = []
     num_frames = 0
     for block in blocks:
         num_frames += len(block)
         if num_frames > max_frames:
-            raise _too_long(field, max_duration_s)
+            raise _too_long(field, max_frames / rate_hz, rate_hz)
         kept.append(block)
     if not kept:
         raise _unreadable(field, "the file holds no audio that can be decoded")
     return np.concatenate(kept)
+
+
+def _max_frames(rate_hz: int, max_duration_s: float) -> int:
+    return int(min(max_duration_s * rate_hz, max(max_duration_s, _ALWAYS_ROOM_S) * _FULL_RATE_HZ))
 
 
 def _checked_samples(audio: FloatArray, field: str) -> FloatArray:
@@ -167,5 +177,8 @@ def _unreadable(field: str, reason: str) -> SpeechError:
     return SpeechError("reference_unreadable", f"{field}: {reason}", field)
 
 
-def _too_long(field: str, max_duration_s: float) -> SpeechError:
-    return SpeechError("reference_too_long", f"{field}: at most {max_duration_s:g} s of audio", field)
+def _too_long(field: str, max_s: float, rate_hz: int) -> SpeechError:
+    message = f"{field}: at most {max_s:g} s of audio"
+    if rate_hz > _FULL_RATE_HZ:
+        message += f" at {rate_hz} Hz; resampled to {_FULL_RATE_HZ} Hz it may be longer"
+    return SpeechError("reference_too_long", message, field)

@@ -182,6 +182,24 @@ def test_hours_in_a_small_file_are_refused_within_little_memory(container: str, 
     assert peak_bytes < 2e6  # 5 s are 0.16 MB, a block in hand is 0.26 MB; two hours would be 230 MB
 
 
+def test_minutes_at_a_high_rate_take_no_more_memory_than_at_48_khz_and_the_way_out_is_told() -> None:
+    target = io.BytesIO()
+    soundfile.write(target, np.zeros(192_000 * 20, np.float32), 192_000, "PCM_16", format="FLAC")
+    tracemalloc.start()
+    with pytest.raises(SpeechError, match="at most 15 s of audio at 192000 Hz; resampled to 48000 Hz") as caught:
+        _decode(target.getvalue(), max_duration_s=60.0)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.code == "reference_too_long"
+    assert peak_bytes < 60 * 48_000 * 4 + 2e6
+
+
+@pytest.mark.parametrize("max_duration_s", [10.0, 60.0, 600.0])
+def test_a_reference_of_ordinary_length_is_read_at_any_rate(max_duration_s: float) -> None:
+    audio, rate_hz = _decode(_file("FLAC", "PCM_24", 192_000, duration_s=10.0), max_duration_s)
+    assert (rate_hz, audio.size) == (192_000, 1_920_000)
+
+
 def test_a_flac_header_that_claims_too_little_does_not_let_the_rest_in() -> None:
     data = bytearray(_file("FLAC", "PCM_16", 16_000, duration_s=12.0))
     total_samples = slice(21, 26)  # the low 36 bits of bytes 21 to 25 of STREAMINFO
