@@ -19,6 +19,7 @@ from jobs.errors import JobError
 from jobs.schema import AudioInput
 
 _LOUDNESS_TOLERANCE_LU = 0.5
+_WAV_SAMPLE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,33 @@ def check_result(result: Mapping[str, Any], max_bytes: int) -> None:
         JobError: result_too_large, naming the way out.
     """
     num_bytes = len(json.dumps({"output": result}, ensure_ascii=False, allow_nan=False).encode("utf-8"))
-    if not max_bytes or num_bytes <= max_bytes:
+    if max_bytes and num_bytes > max_bytes:
+        raise _too_large(num_bytes, max_bytes, result.get("format"))
+
+
+def check_length(duration_s: float, request: AudioInput, model_rate: int, max_bytes: int) -> None:
+    """Refuse audio of known length whose file is surely too large, before it is made.
+
+    Only a wav's size (16-bit samples, as base64) is certain; of the others `check_result` decides.
+
+    Args:
+        duration_s: the least that will come out, seconds.
+        request: the job.
+        model_rate: Hz of the model's own waveforms, the default of `sample_rate`.
+        max_bytes: of a result, 0 for no limit.
+
+    Raises:
+        JobError: result_too_large, naming the way out.
+    """
+    if request.output_format != "wav":
         return
+    num_bytes = int(duration_s * (request.sample_rate or model_rate)) * _WAV_SAMPLE_BYTES * 4 // 3
+    if max_bytes and num_bytes > max_bytes:
+        raise _too_large(num_bytes, max_bytes, request.output_format)
+
+
+def _too_large(num_bytes: int, max_bytes: int, audio_format: str | None) -> JobError:
     shorten = "send less text, or a shorter recording"
-    way_out = shorten if result.get("format") == "opus" else f"ask for output_format opus, or {shorten}"
-    raise JobError(
-        "result_too_large",
-        f"the result is {num_bytes / 1e6:.1f} MB and at most {max_bytes / 1e6:.1f} MB can be returned; {way_out}",
-        "output_format",
-    )
+    way_out = shorten if audio_format == "opus" else f"ask for output_format opus or mp3, or {shorten}"
+    message = f"the result is {num_bytes / 1e6:.1f} MB and at most {max_bytes / 1e6:.1f} MB can be returned; {way_out}"
+    return JobError("result_too_large", message, "output_format")

@@ -7,11 +7,14 @@ from typing import Any
 
 from engine.errors import SpeechError
 from engine.types import ConversionRequest, FloatArray
-from jobs import reference, speaking
+from jobs import delivery, reference, speaking
 from jobs.context import JobContext
 from jobs.schema import VoiceConversion
 
 MIN_INPUT_S = 0.1
+
+_SHORTER_S = 1.0
+"""By how much less than the recording's a result's length may be, generously, when its size is foretold."""
 
 
 async def run(request: VoiceConversion, context: JobContext) -> dict[str, Any]:
@@ -21,6 +24,8 @@ async def run(request: VoiceConversion, context: JobContext) -> dict[str, Any]:
         JobError, SpeechError: see the job API's codes.
     """
     audio, sample_rate = await asyncio.to_thread(_read_input, request, context)
+    shortest_s = audio.size / sample_rate - _SHORTER_S
+    delivery.check_length(shortest_s, request, context.engine.sample_rate, context.settings.max_result_bytes)
     voice = await reference.resolve_voice(request, context)
 
     conversion = await asyncio.to_thread(  # which copies the recording

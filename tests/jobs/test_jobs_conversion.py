@@ -143,6 +143,18 @@ def test_what_is_no_recording_gets_its_code_and_the_name_of_its_field(
     assert engine.conversions == []
 
 
+def test_a_result_that_is_surely_too_large_is_refused_with_the_way_out_before_anything_is_done(
+    engine: Any, settings: Settings, recording: Recording
+) -> None:
+    worker = Worker(engine, settings.model_copy(update={"max_result_bytes": 500_000}))
+    long = encoded(recording(rate=8_000, duration_s=10))  # 0.64 MB of wav at 24 kHz, as base64
+    result = run(worker, input_audio=long, target_audio="%%%")  # refused first
+    assert (result["error_code"], result["field"]) == ("result_too_large", "output_format")
+    assert "opus or mp3" in result["error"] and engine.conversions == []
+    for fields in ({"output_format": "opus"}, {"output_format": "mp3"}, {"sample_rate": 16_000}):
+        assert "error" not in run(worker, input_audio=long, **fields)
+
+
 def test_silence_is_nothing_to_convert(worker: Worker) -> None:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(32_000, np.float32), 16_000, format="WAV")
