@@ -105,6 +105,13 @@ class Index:
         current = self.catalogue.by_id(voice_id)
         return sorted(keys, key=lambda key: current is not None and key == current.key)
 
+    def current(self, voice_id: str) -> tuple[Record | None, str]:
+        """The record of a voice and the version it was read under, which belong together whatever other threads
+        do; see `version_of`."""
+        with self._lock:
+            record = self.catalogue.by_id(voice_id)
+            return record, "" if record is None else self.version_of(record.key)
+
     def version_of(self, key: str) -> str:
         """The version under which a key's content was read; empty when this process has just written it."""
         known = self._known.get(key)

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from voice_library import conditionals
 from voice_library.audio import FloatArray, decode
@@ -35,21 +35,28 @@ _OURS = re.compile(r"voices/[^/]+/(claim\.json|prompt-[0-9a-f-]+\.flac|condition
 
 @dataclass(frozen=True)
 class Claim:
-    """The file that takes an id: for the voice of one name."""
+    """The file that takes an id: for the voice of one name.
+
+    Args:
+        token: tells who made the file, as long as nobody else has written it since; "" once somebody has.
+    """
 
     voice_id: str
     name: str
+    token: str = field(default="", compare=False)
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"voice_id": self.voice_id, "name": self.name}).encode()
+        return json.dumps({"voice_id": self.voice_id, "name": self.name, "token": self.token}).encode()
 
 
 def read_claim(store: Store, voice_id: str) -> Claim | None:
     """Who has taken an id; None if nobody has, or if it cannot be told."""
     try:
         content = json.loads(store.read(claim_key(voice_id), _MAX_CLAIM_BYTES) or b"null")
-        return None if content is None else Claim(str(content["voice_id"]), str(content["name"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        if content is None:
+            return None
+        return Claim(str(content["voice_id"]), str(content["name"]), str(content.get("token", "")))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -67,20 +67,23 @@ class Writer:
                 written it; then the voice is there, and whole.
         """
         started_s = time.monotonic()
-        voice = self._with_id(voice)
+        token = secrets.token_hex(8)
+        voice = self._with_id(voice, token)
         # Random, so that no late removal of an earlier voice's files can hit this one's.
         file = f"prompt-{prompt.audio_hash}-{secrets.token_hex(4)}.flac"
         record = Record(voice, prompt_file=file, prompt_bytes=len(prompt.flac), num_samples=prompt.num_samples)
-        self._store.write(record.prompt_key, prompt.flac)
-        if time.monotonic() - started_s > COMMIT_WITHIN_S:
-            raise LibraryError(
-                "storage_failed", f"writing to {self._store.describe()} took too long; nothing was added"
-            )
+        is_undone = True
         try:
+            self._store.write(record.prompt_key, prompt.flac)
+            if time.monotonic() - started_s > COMMIT_WITHIN_S:
+                where = self._store.describe()
+                raise LibraryError("storage_failed", f"writing to {where} took too long; nothing was added")
+            is_undone = False
             self._create(record)
         except LibraryError as error:
-            if error.code == "voice_exists":
+            if is_undone or error.code == "voice_exists":
                 self._remove_quietly(record.prompt_key)
+                self._unclaim(voice.voice_id, token)
             raise
         self._index.put(record)
         return record
@@ -93,14 +96,14 @@ class Writer:
         """
         for _ in range(_ATTEMPTS):
             catalogue = self._index.refresh()
-            old = catalogue.by_id(voice_id)
+            old, version = self._index.current(voice_id)
             if old is None:
                 raise catalogue.not_found(voice_id, "voice_id")
             new = _changed(old, changes)
             if new.key != old.key:
                 _check_free(catalogue, new.voice.name, None, except_id=voice_id)
                 return self._rename(old, new, changes)
-            if self._store.replace(new.key, new.to_bytes(), self._index.version_of(old.key)):
+            if self._store.replace(new.key, new.to_bytes(), version):
                 self._index.put(new)
                 return new
         raise _contended(voice_id)
@@ -130,16 +133,16 @@ class Writer:
         self._remove_quietly(conditionals.folder(voice_id), is_prefix=True)
         self._remove_quietly(claim_key(voice_id))
 
-    def _with_id(self, voice: Voice) -> Voice:
+    def _with_id(self, voice: Voice, token: str) -> Voice:
         """The voice with its id claimed: its own, or the first made one that is not another voice's."""
         if voice.voice_id:
-            self._claim(voice)
+            self._claim(voice, token)
             return voice
         for attempt in range(_ATTEMPTS):
             named = dataclasses.replace(voice, voice_id=make_id(voice.name, voice.audio_hash, attempt))
             try:
                 _check_free(self._index.catalogue, voice.name, named.voice_id)
-                self._claim(named)
+                self._claim(named, token)
             except LibraryError as error:
                 if (error.code, error.field) != ("voice_exists", "voice_id") or attempt == _ATTEMPTS - 1:
                     raise
@@ -147,16 +150,27 @@ class Writer:
                 return named
         raise AssertionError(voice)
 
-    def _claim(self, voice: Voice) -> None:
+    def _claim(self, voice: Voice, token: str) -> None:
         """Take the id for this voice, sharing it with whoever adds the same voice."""
         claim, key = Claim(voice.voice_id, voice.name), claim_key(voice.voice_id)
-        if self._store.create(key, claim.to_bytes()):
+        if self._store.create(key, dataclasses.replace(claim, token=token).to_bytes()):
             return
         other = read_claim(self._store, voice.voice_id)
         if other != claim and not self._is_dead(key, other):
             message = f"the id {voice.voice_id!r} is taken, or being taken, by another voice"
             raise LibraryError("voice_exists", message, "voice_id")
-        self._store.write(key, claim.to_bytes())  # renewed: sweeping goes by its age
+        # Renewed, since sweeping goes by its age; without a token, so that whoever made it leaves it to us.
+        self._store.write(key, claim.to_bytes())
+
+    def _unclaim(self, voice_id: str, token: str) -> None:
+        """Free an id that was claimed for nothing, unless another add has come to share the claim."""
+        key = claim_key(voice_id)
+        try:
+            entry, claim = self._entry(key), read_claim(self._store, voice_id)
+            if entry is not None and claim is not None and claim.token == token:
+                self._store.remove(key, entry.version)
+        except LibraryError as error:
+            _log.warning("left behind, to be swept later: %s (%s)", key, error.message)
 
     def _is_dead(self, key: str, claim: Claim | None) -> bool:
         """Whether the claim of another voice is that of an interrupted add. (Called when no record has the id.)"""

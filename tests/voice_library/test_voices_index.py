@@ -10,8 +10,10 @@ import pytest
 
 from tests.voice_library.sounds import RATE, sound
 from voice_library import LibraryError, VoiceLibrary
+from voice_library.catalogue import Catalogue
 from voice_library.folder_store import FolderStore
 from voice_library.index import Index
+from voice_library.inspection import Claim, read_claim
 from voice_library.metadata import Record, record_key
 from voice_library.store import Entry
 
@@ -116,3 +118,61 @@ def test_a_refresh_that_fails_is_tried_again_by_the_next_who_needs_one(tmp_path:
         index.refresh()
     library.add("Anna", sound(), RATE)
     assert len(index.refresh()) == 1
+
+
+def test_a_change_by_another_thread_between_refresh_and_replacement_is_kept(tmp_path: Path) -> None:
+    library = VoiceLibrary(FolderStore(tmp_path), refresh_s=0.0)
+    library.add("Anna", sound(), RATE, voice_id="anna")
+    index = library._index
+    refresh = index.refresh
+
+    def refresh_then_change() -> Catalogue:
+        catalogue = refresh()
+        index.refresh = refresh  # type: ignore[method-assign]
+        library.update("anna", language="de")
+        refresh()
+        return catalogue
+
+    index.refresh = refresh_then_change  # type: ignore[method-assign]
+    library.update("anna", gender="female")
+    voice = library.get("anna")
+    assert (voice.language, voice.gender) == ("de", "female")
+
+
+class BusyStore(FolderStore):
+    """A folder in which something happens when a prompt is written."""
+
+    happening: Callable[[], object] | None = None
+
+    def write(self, key: str, data: bytes) -> None:
+        happening = self.happening
+        if key.endswith(".flac") and happening is not None:
+            self.happening = None
+            happening()
+        super().write(key, data)
+
+
+def test_the_id_of_an_add_that_failed_is_free(tmp_path: Path) -> None:
+    store = BusyStore(tmp_path)
+    library = VoiceLibrary(store, refresh_s=0.0)
+
+    def fail() -> None:
+        raise LibraryError("storage_failed", "full")
+
+    for happening, code in ((lambda: library.add("Anna", sound(), RATE), "voice_exists"), (fail, "storage_failed")):
+        store.happening = happening
+        with pytest.raises(LibraryError) as raised:
+            library.add("Anna" if code == "voice_exists" else "Carla", sound(1), RATE, voice_id="wanted")
+        assert raised.value.code == code
+        library.add("Berta", sound(2), RATE, voice_id="wanted")
+        library.delete("wanted")
+
+
+def test_an_add_that_failed_leaves_the_claim_to_the_one_that_shared_it(tmp_path: Path) -> None:
+    store = BusyStore(tmp_path)
+    library = VoiceLibrary(store, refresh_s=0.0)
+    store.happening = lambda: library.add("Anna", sound(), RATE, voice_id="wanted")
+    with pytest.raises(LibraryError, match="name or id"):
+        library.add("Anna", sound(1), RATE, voice_id="wanted")
+    assert read_claim(store, "wanted") == Claim("wanted", "Anna")
+    assert library.list().total == 1 and library.check() == []
