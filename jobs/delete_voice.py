@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from jobs.context import JobContext
@@ -20,7 +19,8 @@ async def run(request: DeleteVoice, context: JobContext) -> dict[str, Any]:
         JobError: voice_not_found, invalid_request, storage_failed.
     """
     wanted, field = request.voice
-    info = await asyncio.to_thread(_delete, wanted, field, library_of(context, field))
+    voices = library_of(context, field)
+    info = await voices.run(_delete, wanted, field, voices)
     return {"voice_info": info, "deleted": True, "warnings": list(context.warnings)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from jobs.context import JobContext
@@ -17,5 +16,6 @@ async def run(request: GetVoice, context: JobContext) -> dict[str, Any]:
         JobError: voice_not_found, invalid_request, storage_failed.
     """
     wanted, field = request.voice
-    voice = await asyncio.to_thread(library_of(context, field).find, wanted, field)
+    voices = library_of(context, field)
+    voice = await voices.run(voices.find, wanted, field)
     return {"voice_info": voice.to_dict(), "warnings": list(context.warnings)}

@@ -33,17 +33,17 @@ async def run(request: Info, context: JobContext) -> dict[str, Any]:
         "versions": await asyncio.to_thread(versions),
         "limits": context.settings.limits,
         "engine": stats,
-        "voice_library": await asyncio.to_thread(_library_stats, context),
+        "voice_library": await _library_stats(context),
         "warnings": list(context.warnings),
     }
 
 
-def _library_stats(context: JobContext) -> dict[str, Any] | None:
+async def _library_stats(context: JobContext) -> dict[str, Any] | None:
     """Figures of the voice library; None where there is none. A store that fails is told, and the rest still given."""
     if context.voices is None:
         return None
     try:
-        return context.voices.stats()
+        return await context.voices.run(context.voices.stats)
     except LibraryError as error:
         return error_result(error)
 

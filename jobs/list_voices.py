@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from jobs.context import JobContext
@@ -18,11 +17,12 @@ async def run(request: ListVoices, context: JobContext) -> dict[str, Any]:
     """The voices that meet every condition, by name.
 
     Raises:
-        JobError: invalid_request where there is no library, storage_failed.
+        JobError: invalid_request where there is no library. A store that fails meanwhile is no error: the
+            voices last seen are listed.
     """
     voices = library_of(context, "operation")
     names = ("language", "gender", "tag", "text", "offset", "limit")
     with told_as({}):
-        page = await asyncio.to_thread(voices.library.list, **{name: getattr(request, name) for name in names})
+        page = await voices.run(voices.library.list, **{name: getattr(request, name) for name in names})
     shown = [{name: value for name, value in voice.to_dict().items() if name in SHOWN} for voice in page.voices]
     return {"voices": shown, "total": page.total, "offset": request.offset, "warnings": list(context.warnings)}

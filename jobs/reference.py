@@ -61,9 +61,9 @@ async def resolve_voice(request: SpeechInput | VoiceConversion, context: JobCont
     if isinstance(request, Tts | VoiceConversion):
         for field in ("voice_id", "voice_name"):
             if (wanted := getattr(request, field)) is not None:
-                return await asyncio.to_thread(_named, wanted, field, context)
+                return await _named(wanted, field, context)
     if (default := context.settings.default_voice) is not None:
-        return await asyncio.to_thread(_default, default, context)
+        return await _default(default, context)
     return ResolvedVoice(BUILT_IN)
 
 
@@ -82,18 +82,23 @@ def library_of(context: JobContext, field: str) -> Voices:
     raise JobError(code, f"{field}: this worker has no voice library (VOICES_DIR or VOICES_URI)", field)
 
 
-def _named(wanted: str, field: str, context: JobContext) -> ResolvedVoice:
-    """A voice of the library, ready to speak. Blocks."""
+async def _named(wanted: str, field: str, context: JobContext) -> ResolvedVoice:
+    """A voice of the library, ready to speak."""
     voices = library_of(context, field)
+    return await voices.run(_ready, voices, wanted, field)
+
+
+def _ready(voices: Voices, wanted: str, field: str) -> ResolvedVoice:
+    """A voice with its conditionals. Blocks."""
     voice = voices.find(wanted, field)
     with told_as(dict.fromkeys(("voice", "voice_id", "reference_audio"), field)):
         return ResolvedVoice(voice.name, voices.conditionals(voice))
 
 
-def _default(wanted: str, context: JobContext) -> ResolvedVoice:
-    """The voice of jobs that name none. Blocks."""
+async def _default(wanted: str, context: JobContext) -> ResolvedVoice:
+    """The voice of jobs that name none."""
     try:
-        return _named(wanted, "voice_name", context)
+        return await _named(wanted, "voice_name", context)
     except JobError as error:
         raise JobError(error.code, f"DEFAULT_VOICE: {error.message}") from error
 

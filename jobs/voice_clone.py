@@ -11,6 +11,7 @@ from jobs import delivery, reference, saving, speaking
 from jobs.context import JobContext
 from jobs.errors import JobError
 from jobs.schema import VoiceClone
+from voice_library import Voice
 
 SAMPLE_SENTENCES: Mapping[str, str] = {
     "ar": "مرحبا، هذه عينة من الصوت المستنسخ.",
@@ -65,18 +66,27 @@ async def run(request: VoiceClone, context: JobContext) -> dict[str, Any]:
 
 
 async def _run_and_save(request: VoiceClone, text: str, language: str, context: JobContext) -> dict[str, Any]:
-    """Saving comes last: a job that fails has saved nothing, and may be sent again."""
+    """Saving comes last, and ends as it ends: a job that fails has saved nothing, and may be sent again."""
     voices = reference.library_of(context, "save_to_library")
     delivery.check_output(request, context.engine.sample_rate)
-    new = await asyncio.to_thread(saving.prepare, request, language, voices, context)
+    new = await voices.run(saving.prepare, request, language, voices, context)
     named = reference.ResolvedVoice(new.about["name"], new.conditionals)
     result = await _speak(request, text, language, named, context)
     if limit := context.settings.max_result_bytes:
         await asyncio.to_thread(delivery.check_result, result, max(limit - _ROOM_FOR_VOICE_INFO_BYTES, 1))
-    voice = await asyncio.to_thread(saving.save, new, voices)
+    voice = await _outcome(asyncio.ensure_future(voices.run(saving.save, new, voices)))
     result["voice_info"] = voice.to_dict() | {"saved": True}
     result["warnings"] += new.warnings
     return result
+
+
+async def _outcome(saving_voice: asyncio.Future[Voice]) -> Voice:
+    """What became of a save, even where the job's time ends or it is cancelled meanwhile: a thread cannot be
+    stopped, and a client told `timed_out` would not know of the voice. Cancelled twice, the job is given up."""
+    try:
+        return await asyncio.shield(saving_voice)
+    except asyncio.CancelledError:
+        return await saving_voice
 
 
 async def _speak(

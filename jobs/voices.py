@@ -1,19 +1,22 @@
 """The voice library and the engine, joined: a named voice becomes conditionals that are computed once by anyone.
 
 In memory, else as some worker stored them beside the voice, else computed from its recording and then stored
-for the others. Everything here blocks on storage or the model: call it in a thread.
+for the others. Everything here blocks on storage or the model: call it with `Voices.run`, whose threads serve
+nothing else, so that a store that hangs holds up no job but those that need it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from cachetools import LRUCache
 
@@ -29,12 +32,21 @@ COUNTED = (
     "from_store",
     "computed",
     "stored",
+    "dropped",
     "damaged",
     "store_failures",
     "preloaded",
     "preload_failures",
 )
 
+_MAX_CALLS = 16
+"""Calls of jobs at a time; those of more jobs wait their turn."""
+
+_MAX_TO_STORE = 64
+"""Conditionals that wait to be stored, of which each holds memory; what comes beyond is not stored."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -91,8 +103,15 @@ class Voices:
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self._lock = threading.Lock()  # of the three above
         self._is_closing = threading.Event()
+        self._calling = ThreadPoolExecutor(_MAX_CALLS, "voices-call")
         self._storing = ThreadPoolExecutor(1, "voices-store")
+        self._room_to_store = threading.BoundedSemaphore(_MAX_TO_STORE)
         self._preloading = ThreadPoolExecutor(1, "voices-preload")
+
+    async def run(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call what blocks on the library or on a voice's conditionals, in a thread kept for that."""
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._calling, call)
 
     def find(self, wanted: str, field: str) -> Voice:
         """The voice of this id (`voice_id`), or of this name or id (any other field).
@@ -139,10 +158,20 @@ class Voices:
         return made
 
     def store(self, voice: Voice, conditionals: Conditionals) -> None:
-        """Keep a voice's conditionals for all workers, in the background; a failure costs them the computing only."""
-        if self._is_closing.is_set():
+        """Keep a voice's conditionals for all workers, in the background; a failure costs them the computing only.
+
+        Where too many wait for a slow store, or all is being closed, they are dropped and counted.
+        """
+        if not self._room_to_store.acquire(blocking=False):
+            self._count("dropped")
             return
-        self._storing.submit(self._put, voice, self._engine.voice_key(voice.audio_hash), conditionals)
+        try:
+            stored = self._storing.submit(self._put, voice, self._engine.voice_key(voice.audio_hash), conditionals)
+        except RuntimeError:  # closed
+            self._room_to_store.release()
+            self._count("dropped")
+        else:
+            stored.add_done_callback(lambda _: self._room_to_store.release())
 
     def preload(self, wanted: Sequence[str] | int) -> Future[None]:
         """Make voices (ids or names, or so many of the most used) ready, in the background; failures are logged."""
@@ -166,10 +195,11 @@ class Voices:
         return {**{name: library[name] for name in library if name not in not_ours}, "conditionals": conditionals}
 
     def close(self) -> None:
-        """Store what is still to be stored, and close the library."""
+        """Wait for what is being stored or preloaded, not for what only waits for that, and close the library."""
         self._is_closing.set()
-        self._preloading.shutdown(wait=True)
-        self._storing.shutdown(wait=True)
+        self._calling.shutdown(wait=False, cancel_futures=True)
+        self._preloading.shutdown(wait=True, cancel_futures=True)
+        self._storing.shutdown(wait=True, cancel_futures=True)
         self.library.close()
 
     def _make(self, voice: Voice, key: str, future: Future[Conditionals]) -> Conditionals:

@@ -181,7 +181,7 @@ class Worker:
             raise JobError("timed_out", f"the job was not done within JOB_TIMEOUT_S ({limit:g} s)") from None
 
     def close(self) -> None:
-        """Store what is still to be stored of voices, and free the engine."""
+        """Finish what is being stored of voices, and free the engine."""
         if self._voices is not None:
             self._voices.close()
         self._engine.close()
