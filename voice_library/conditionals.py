@@ -42,9 +42,9 @@ def get(store: Store, voice_id: str, key: str) -> bytes | None:
     return None
 
 
-def put(store: Store, voice_id: str, key: str, data: bytes, *, older_than_s: float) -> None:
-    """Keep an entry. Others under the same key go once they are older than `older_than_s`: two workers that
-    write at the same time must not each remove what the other wrote.
+def put(store: Store, voice_id: str, key: str, data: bytes, *, older_than_s: float) -> str:
+    """Keep an entry; returns its key in the store. Others under the same key go once they are older than
+    `older_than_s`: two workers that write at the same time must not each remove what the other wrote.
 
     Raises:
         LibraryError: invalid_request, storage_failed.
@@ -58,6 +58,7 @@ def put(store: Store, voice_id: str, key: str, data: bytes, *, older_than_s: flo
     for entry in list(store.list(prefix)):
         if entry.key != written and entry.modified_s < limit_s:
             store.delete(entry.key)
+    return written
 
 
 def read_sound(store: Store, entry: Entry) -> bytes | None:

@@ -275,8 +275,7 @@ class VoiceLibrary:
         Raises:
             LibraryError: invalid_request, voice_not_found, storage_failed.
         """
-        self._record(voice_id)
-        conditionals.put(self._store, voice_id, key, data, older_than_s=inspection.LEFTOVER_AGE_S)
+        self._writer.put_conditionals(self._record(voice_id), key, data)
 
     def note_use(self, voice_id: str) -> None:
         """Count a use of a voice for `most_used`; for callers that keep what they made of it."""

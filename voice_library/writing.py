@@ -133,6 +133,22 @@ class Writer:
         self._remove_quietly(conditionals.folder(voice_id), is_prefix=True)
         self._remove_quietly(claim_key(voice_id))
 
+    def put_conditionals(self, record: Record, key: str, data: bytes) -> None:
+        """Store what was computed of a voice, and remove it again if the voice is gone: its deletion may have
+        looked for files before this one was there.
+
+        Raises:
+            LibraryError: invalid_request, voice_not_found, storage_failed.
+        """
+        voice_id = record.voice.voice_id
+        written = conditionals.put(self._store, voice_id, key, data, older_than_s=LEFTOVER_AGE_S)
+        if self._store.read(record.key, 0) is not None:
+            return
+        catalogue = self._index.refresh()  # renamed by another worker, or deleted
+        if catalogue.by_id(voice_id) is None:
+            self._remove_quietly(written)
+            raise catalogue.not_found(voice_id, "voice_id")
+
     def _with_id(self, voice: Voice, token: str) -> Voice:
         """The voice with its id claimed: its own, or the first made one that is not another voice's."""
         if voice.voice_id:

@@ -192,3 +192,18 @@ def test_what_would_not_be_added_is_refused_before(library: VoiceLibrary, metada
         with pytest.raises(LibraryError) as raised:
             library.check_new(name, voice_id, **more)
         assert raised.value.code == code
+
+
+def test_conditionals_of_a_voice_that_another_worker_deleted_or_renamed_leave_nothing_or_stay(
+    open_library: OpenLibrary, store: Store
+) -> None:
+    here, there = open_library(refresh_s=3_600.0), open_library()
+    deleted, renamed = here.add("Anna", sound(0), RATE), here.add("Berta", sound(1), RATE)
+    there.delete(deleted.voice_id)
+    there.update(renamed.voice_id, name="Carla")
+    here.put_conditionals(renamed.voice_id, "key", b"data")
+    assert there.get_conditionals(renamed.voice_id, "key") == b"data"
+    with pytest.raises(LibraryError) as raised:
+        here.put_conditionals(deleted.voice_id, "key", b"data")
+    assert raised.value.code == "voice_not_found"
+    assert list(store.list(f"voices/{deleted.voice_id}/")) == []
