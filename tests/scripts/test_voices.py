@@ -274,7 +274,8 @@ def test_sync_keeps_a_voice_whose_replacement_has_the_name_of_another_and_does_t
 def test_a_voice_that_cannot_be_replaced_is_put_back_as_it_was(library: Path, tmp_path: Path, code: str) -> None:
     put_voice(library, "Anna", "a")
     put_voice(tmp_path / "target", "Al", "a", pitch_hz=100.0, tags=["old"])
-    with VoiceLibrary.open(library) as source, FailsOnce(FolderStore(tmp_path / "target"), code) as target:
+    target = FailsOnce(FolderStore(tmp_path / "target"), code)
+    with VoiceLibrary.open(library) as source, target:
         old, (old_audio, _) = target.get("a"), target.get_audio("a")
         (step,) = plan_sync(source, target, delete=False)
         with pytest.raises(LibraryError) as raised:
