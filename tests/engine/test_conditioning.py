@@ -67,7 +67,8 @@ def _upstream_conditionals(tiny_upstream: Upstream, model: str, path: Path) -> A
         # numpy 2 makes float64 of float32 times a float64 scalar, which upstream's tokenizer then refuses
         normalise = upstream.norm_loudness
         upstream.norm_loudness = lambda audio, rate: normalise(audio, rate).astype(np.float32)
-    upstream.prepare_conditionals(path)
+    with torch.inference_mode():  # upstream keeps resamplers, and one first used in this mode works in no other
+        upstream.prepare_conditionals(path)
     return upstream.conds
 
 
