@@ -31,6 +31,7 @@ from engine.device import DevicePlan
 from engine.errors import SpeechError
 from engine.hub import Progress
 from engine.intake import Intake
+from engine.kernels import compile_kernels
 from engine.listening import Listener
 from engine.machine import available_memory
 from engine.models import ModelSpec, get_model
@@ -151,10 +152,13 @@ class Engine:
             progress=progress,
         )
         plan, _ = devices.resolve(config.device, config.dtype, config.num_threads, rows=2 if spec.uses_cfg else 1)
-        with ThreadPoolExecutor(1) as beside:  # perth's imports cost seconds, while the weights wait for the disk
+        with ThreadPoolExecutor(1) as beside:  # half a second each, while the weights wait for the disk
             marking = beside.submit(Watermarker.load) if config.watermark else None
+            compiling = beside.submit(compile_kernels) if plan.device_type == "cpu" else None
             models = _load_models(checkpoint, plan)
             watermarker = marking.result() if marking else None
+            if compiling:
+                compiling.result()
         if plan.device_type == "mps":
             return cls._load_on_mps(config, checkpoint, plan, models, watermarker)
         return cls(config, checkpoint, plan, models, watermarker)

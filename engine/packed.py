@@ -21,10 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.kernels import HalfMatrix, as_tiles, host_vectors, product, tiles_shape
+from engine.kernels import X86, HalfMatrix, as_tiles, host_vectors, product, tiles_shape
 from engine.keymap import Key
-
-X86 = ("x86_64", "amd64")
 
 
 class PackedLinear(nn.Module):

@@ -9,12 +9,14 @@ float16 packs for tens of seconds. These kernels are written as LLVM IR, compile
 A row is summed in the same order whatever its neighbours, so its result is the same to the last bit in any batch.
 """
 
+from engine.kernels import attention, full_attention, products
 from engine.kernels.attention import DecodeAttention, attend
-from engine.kernels.compiler import Vectors, can_compile, host_vectors
+from engine.kernels.compiler import X86, Vectors, can_compile, host_vectors
 from engine.kernels.full_attention import attend_fully
 from engine.kernels.products import HalfMatrix, as_tiles, product, tiles_shape
 
 __all__ = [
+    "X86",
     "DecodeAttention",
     "HalfMatrix",
     "Vectors",
@@ -22,7 +24,15 @@ __all__ = [
     "attend",
     "attend_fully",
     "can_compile",
+    "compile_kernels",
     "host_vectors",
     "product",
     "tiles_shape",
 ]
+
+
+def compile_kernels() -> None:
+    """Compile all kernels now, where they run, so that no request waits for it."""
+    if can_compile():
+        for room in (products, attention, full_attention):
+            room.kernel(host_vectors())

@@ -66,7 +66,7 @@ def attend(step: DecodeAttention, length: int, vectors: Vectors | None = None) -
     out = torch.empty((num_rows, num_heads * HEAD_DIM))
     scratch = torch.empty((torch.get_num_threads(), -(-length // vectors.lanes) * vectors.lanes))
     tensors = (step.query, step.key, step.value, step.keys, step.values, step.positions, out, scratch)
-    _kernel(vectors)(
+    kernel(vectors)(
         *(tensor.data_ptr() for tensor in tensors),
         *(step.query.stride(0), step.key.stride(0), step.value.stride(0)),
         *(*step.keys.stride()[:2], num_rows, num_heads, scratch.shape[1]),
@@ -75,7 +75,8 @@ def attend(step: DecodeAttention, length: int, vectors: Vectors | None = None) -
 
 
 @functools.cache
-def _kernel(vectors: Vectors) -> Kernel:
+def kernel(vectors: Vectors) -> Kernel:
+    """Compiled once for a process."""
     return Kernel(_attend_ir(vectors), "attend")
 
 

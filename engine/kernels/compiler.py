@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-_X86 = ("x86_64", "amd64")
+X86 = ("x86_64", "amd64")
 _NEEDED_FEATURES = ("avx2", "fma", "f16c")
 
 
@@ -83,7 +83,7 @@ def _team() -> ctypes.CDLL | None:
 @functools.cache
 def can_compile() -> bool:
     """Whether this machine and this torch can run the kernels: Linux on x86 with AVX2, FMA and F16C."""
-    if platform.system() != "Linux" or platform.machine().lower() not in _X86:
+    if platform.system() != "Linux" or platform.machine().lower() not in X86:
         return False
     if importlib.util.find_spec("llvmlite") is None or _team() is None:
         return False
@@ -94,7 +94,7 @@ class Kernel:
     """A compiled parallel region, called with numbers: addresses, sizes and strides, all int64.
 
     Args:
-        ir: LLVM IR that defines `void @NAME(ptr arguments)`; may use what `REGION` declares.
+        ir: LLVM IR that defines `void @NAME(ptr arguments)`; see `load_arguments` and `share_of`.
         name: of that function.
     """
 

@@ -57,13 +57,13 @@ class HalfMatrix:
 
     @functools.cached_property
     def _addresses(self) -> tuple[int, int, Kernel]:
-        return self.tiles.data_ptr(), self.bias.data_ptr(), _kernel(self.vectors)
+        return self.tiles.data_ptr(), self.bias.data_ptr(), kernel(self.vectors)
 
     def run(self, x: Tensor, out: Tensor, num_rows: int, block_rows: int, *, is_packed: bool) -> None:
         """The kernel on contiguous rows, or on blocks of them."""
-        tiles, bias, kernel = self._addresses
+        tiles, bias, multiply = self._addresses
         num_tiles, num_inputs, _ = self.tiles.shape
-        kernel(x.data_ptr(), tiles, bias, out.data_ptr(), num_rows, num_inputs, num_tiles, block_rows, is_packed)
+        multiply(x.data_ptr(), tiles, bias, out.data_ptr(), num_rows, num_inputs, num_tiles, block_rows, is_packed)
 
 
 def tiles_shape(num_outputs: int, num_inputs: int, vectors: Vectors) -> tuple[int, int, int]:
@@ -125,7 +125,8 @@ def _in_blocks(rows: Tensor, block_rows: int) -> Tensor:
 
 
 @functools.cache
-def _kernel(vectors: Vectors) -> Kernel:
+def kernel(vectors: Vectors) -> Kernel:
+    """Compiled once for a process."""
     return Kernel(_product_ir(vectors), "product")
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.models import STOP_SPEECH_TOKEN
+from engine.kernels import can_compile
+from engine.models import STOP_SPEECH_TOKEN, get_model
 from engine.random_checkpoint import PlantedSpeech
 from engine.t3.decoder import Decoder, DecodeRequest
-from engine.t3.model import T3
-from tests.engine.conftest import LoadT3
+from engine.t3.model import T3, load_t3
+from tests.engine.conftest import Checkpoint, LoadT3
 from tests.engine.support import (
     GREEDY,
     NO_TOP_K,
@@ -114,6 +115,30 @@ def test_chunks_that_join_and_leave_half_way_change_nothing_for_the_others(
     expected = alone(model)
     assert [row.tokens.tolist() for row in rows] == [expected[0][:14], expected[2][:20], expected[3][:10]]
     assert decoder.is_idle
+
+
+@FAMILIES
+@pytest.mark.skipif(not can_compile(), reason="needs the CPU kernels")
+def test_in_float16_too_a_row_gives_the_same_tokens_alone_beside_others_and_joining_half_way(
+    model: str, tiny_checkpoint: Checkpoint
+) -> None:
+    t3 = load_t3(tiny_checkpoint(model) / get_model(model).t3_file, torch.device("cpu"), torch.float16)
+
+    def new_decoder() -> Decoder:
+        return Decoder(t3, num_rows=8, length=640, max_new_tokens=64, cache_dtype=torch.float16)
+
+    decoder = new_decoder()
+    requests = varied_requests(decoder, model)
+    expected = [decode(new_decoder(), request)[0].tokens.tolist() for request in requests]
+    assert [row.tokens.tolist() for row in decode(decoder, *requests)] == expected
+    first, second, third, fourth = requests
+    gone, kept = admit(decoder, second), [admit(decoder, first)]
+    decoder.step(3)
+    kept.append(admit(decoder, third))
+    decoder.step(2)
+    decoder.release(gone)  # what is above moves down
+    kept.append(admit(decoder, fourth))
+    assert [row.tokens.tolist() for row in finish(decoder, *kept)] == [expected[0], expected[2], expected[3]]
 
 
 @FAMILIES

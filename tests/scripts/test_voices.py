@@ -205,14 +205,16 @@ def test_check_finds_damage_and_says_so_with_its_exit_code(voices: Run, library:
 # -------------------------------------------------------------------------------------------- syncing
 
 
-def test_a_library_goes_to_a_bucket_and_back_unchanged(voices: Run, library: Path, tmp_path: Path, bucket: str) -> None:
+def test_a_library_goes_to_a_bucket_and_back_unchanged(
+    voices: Run, library: Path, tmp_path: Path, bucket_uri: str
+) -> None:
     put_voice(library, "Anna", "anna", language="de", tags=["x"], consent="yes", quality={"snr_db": 30.0})
     put_voice(library, "Bob", "bob", pitch_hz=100.0)
     with VoiceLibrary.open(library) as opened:
         opened.put_conditionals("anna", "model/1", b"computed once")
-    assert "2 voices changed, 1 conditionals copied" in succeeded(voices("sync", library, bucket))
-    succeeded(voices("sync", bucket, tmp_path / "back"))
-    assert listed(voices, tmp_path / "back") == listed(voices, bucket) == listed(voices, library)
+    assert "2 voices changed, 1 conditionals copied" in succeeded(voices("sync", library, bucket_uri))
+    succeeded(voices("sync", bucket_uri, tmp_path / "back"))
+    assert listed(voices, tmp_path / "back") == listed(voices, bucket_uri) == listed(voices, library)
     with VoiceLibrary.open(library) as one, VoiceLibrary.open(tmp_path / "back") as other:
         assert np.array_equal(one.get_audio("anna")[0], other.get_audio("anna")[0])
         assert other.get_conditionals("anna", "model/1") == b"computed once"
