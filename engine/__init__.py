@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engine.engine import Engine as Engine
     from engine.errors import SpeechError as SpeechError
+    from engine.stream import SpeechStream as SpeechStream
     from engine.types import Chunk as Chunk
     from engine.types import Conditionals as Conditionals
     from engine.types import ConversionRequest as ConversionRequest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from engine.types import SpeechPiece as SpeechPiece
     from engine.types import SpeechRequest as SpeechRequest
     from engine.types import VoicePrompt as VoicePrompt
+    from engine.work import WorkStore as WorkStore
 
 _ROOM_OF = {
     "Engine": "engine.engine",
@@ -33,7 +35,9 @@ _ROOM_OF = {
     "Speech": "engine.types",
     "SpeechPiece": "engine.types",
     "SpeechRequest": "engine.types",
+    "SpeechStream": "engine.stream",
     "VoicePrompt": "engine.types",
+    "WorkStore": "engine.work",
 }
 
 __all__ = sorted(_ROOM_OF)

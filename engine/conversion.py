@@ -16,10 +16,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from engine import guard, noise
-from engine.audio.assembly import Assembled, Stretch, crossfade
+from engine.audio.assembly import Stretch, crossfade
 from engine.conditioning import ENCODER_RATE, SILENCE_PEAK, resample
 from engine.errors import SpeechError
 from engine.intake import Intake
@@ -123,23 +123,47 @@ class Conversion(Utterance):
         """A pass for each piece: neighbours overlap and cannot share one."""
         return tuple(range(index, index + 1) for index in range(len(self.chunks)))
 
-    def assemble(self) -> Assembled:
-        """The pieces faded into each other.
+    def joiner(self) -> PieceJoiner:
+        """Puts its pieces together."""
+        return PieceJoiner([work.piece for work in self.chunks], self.num_samples)
 
-        Raises:
-            SpeechError: generation_failed where the model gave no numbers.
-        """
-        stretches = [self._stretch(index, work.piece) for index, work in enumerate(self.chunks)]
-        if not all(bool(torch.isfinite(stretch.waveform).all()) for stretch in stretches):
-            raise SpeechError("generation_failed", "the model gave numbers that are not finite")
-        return crossfade(stretches, self.num_samples)
 
-    def _stretch(self, index: int, piece: Piece) -> Stretch:
-        """Where a piece's audio lies; a prompt of an odd number of frames took 20 ms off its front."""
-        waveform = self.waveforms[index]
-        num_lost = (piece.last - piece.first) * SAMPLES_PER_TOKEN - len(waveform)
-        first = piece.first * SAMPLES_PER_TOKEN + num_lost
-        return Stretch(waveform, first, piece.start * SAMPLES_PER_TOKEN, piece.end * SAMPLES_PER_TOKEN)
+class PieceJoiner:
+    """Fades pieces into each other, once all are there.
+
+    Args:
+        pieces: in order.
+        num_samples: of the whole.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], num_samples: int) -> None:
+        self._pieces, self._num_samples = pieces, num_samples
+        self._waveforms: list[Tensor] = []
+        self.spans_s: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def num_joined(self) -> int:
+        return len(self.spans_s)
+
+    def push(self, samples: Tensor, *, is_end: bool) -> Tensor:
+        """Take a piece."""
+        assert is_end
+        self._waveforms.append(samples)
+        return samples.new_zeros(0)
+
+    def finish(self) -> Tensor:
+        """The whole, float32 (num_samples,)."""
+        stretches = [_stretch(piece, w) for piece, w in zip(self._pieces, self._waveforms, strict=True)]
+        whole = crossfade(stretches, self._num_samples)
+        self.spans_s = whole.spans_s
+        return whole.waveform
+
+
+def _stretch(piece: Piece, waveform: Tensor) -> Stretch:
+    """Where a piece's audio lies; a prompt of an odd number of frames took 20 ms off its front."""
+    num_lost = (piece.last - piece.first) * SAMPLES_PER_TOKEN - len(waveform)
+    first = piece.first * SAMPLES_PER_TOKEN + num_lost
+    return Stretch(waveform, first, piece.start * SAMPLES_PER_TOKEN, piece.end * SAMPLES_PER_TOKEN)
 
 
 class ConversionIntake:

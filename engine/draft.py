@@ -24,6 +24,8 @@ from engine.audio.reading import MIN_REFERENCE_S, check_reference
 from engine.errors import SpeechError
 from engine.espeak import MAX_RATE_WPM, MIN_RATE_WPM, NORMAL_RATE_WPM, EspeakLibrary, library
 from engine.models import DRAFT
+from engine.stream import SpeechStream
+from engine.text.lexicon import Lexicon
 from engine.text.planning import PlannedChunk, plan
 from engine.types import (
     PARAMETERS,
@@ -35,11 +37,11 @@ from engine.types import (
     EngineConfig,
     FloatArray,
     Speech,
-    SpeechPiece,
     SpeechRequest,
     Voice,
     VoicePrompt,
 )
+from engine.work import WorkStore
 
 if TYPE_CHECKING:
     from engine.audio.watermark import Watermarker
@@ -50,6 +52,7 @@ SILENT = "silent"
 """Flag of a chunk that eSpeak NG made no sound of (a script that the language's rules do not know)."""
 
 _NUM_THREADS = 2  # one speaks (eSpeak takes one text at a time) while another marks
+_FAR_AHEAD_S = 0.05  # between two looks at whether a stream is wanted further
 _MAX_CACHED_VOICES = 1024  # a few hundred bytes each
 
 _PITCH_HZ = (66.0, 73.0, 83.0, 93.0, 106.0, 120.0, 137.0, 155.0, 177.0, 199.0)
@@ -102,9 +105,10 @@ class DraftEngine:
         self._max_chunk_chars = max_chunk_chars
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="draft")
         self._closed = threading.Event()
-        self._lock = threading.Lock()  # of the two below
+        self._lock = threading.Lock()  # of what is below
         self._voices: cachetools.LRUCache[str, Conditionals] = cachetools.LRUCache(_MAX_CACHED_VOICES)
         self._num_spoken = 0
+        self._streams: set[threading.Thread] = set()
 
     @classmethod
     def load(cls, config: EngineConfig) -> DraftEngine:
@@ -157,16 +161,28 @@ class DraftEngine:
         request = ConversionRequest(audio=audio, sample_rate=sample_rate, voice=voice, seed=seed)
         return self.submit_conversion(request).result()
 
-    def stream(self, request: SpeechRequest) -> Iterator[SpeechPiece]:
-        """Speak chunk by chunk; a piece is a chunk and the pause behind it, the last one is empty.
+    def stream(self, request: SpeechRequest, *, early: bool = True, work: WorkStore | None = None) -> SpeechStream:
+        """Speak chunk by chunk; a piece is a chunk and the pause behind it.
 
-        Every piece is marked on its own: pieces begin and end in eSpeak's silence, so nothing clicks.
+        Args:
+            early: give each piece as soon as it is spoken; else what has been marked in the blocks of a whole.
+            work: not needed: nothing of a voice without weights is worth keeping.
 
         Raises:
-            SpeechError: as `speak`; what is wrong with the request is raised before the first piece.
+            SpeechError: cancelled where the engine is closed; what is wrong with the request, as `speak`, instead of
+                the first piece.
         """
         job = _Job(Future(), self._closed)
-        return self._pieces(self._prepare(request), job)
+        stream = SpeechStream(job.future)
+        thread = threading.Thread(
+            target=job.fulfil, args=(lambda job: self._streamed(request, job, stream, early=early),), daemon=True
+        )
+        with self._lock:
+            if self._closed.is_set():
+                raise SpeechError("cancelled", "the engine is closed")
+            self._streams = {alive for alive in self._streams if alive.is_alive()} | {thread}
+            thread.start()
+        return stream
 
     def embed(self, prompt: VoicePrompt) -> Conditionals:
         """The voice's median F0 in Hz as `speaker_embedding` (1,); 0 where nothing is voiced. Cached.
@@ -195,8 +211,12 @@ class DraftEngine:
 
     def close(self) -> None:
         """Give up what is under way (`cancelled`) and wait for the threads."""
-        self._closed.set()
+        with self._lock:
+            self._closed.set()
+            streams, self._streams = self._streams, set()
         self._pool.shutdown(wait=True)
+        for thread in streams:
+            thread.join()
 
     def _start(self, work: Callable[[_Job], Speech]) -> Future[Speech]:
         job = _Job(Future(), self._closed)
@@ -215,20 +235,25 @@ class DraftEngine:
         speech = utterance.speech(parts, np.concatenate([part.waveform for part in parts]))
         return self._finished(speech, clock)
 
-    def _pieces(self, utterance: _Utterance, job: _Job) -> Iterator[SpeechPiece]:
+    def _streamed(self, request: SpeechRequest, job: _Job, stream: SpeechStream, *, early: bool) -> Speech:
+        """In a thread of its own, which waits while too much waits to be taken."""
         clock = _Clock(job.submitted_s)
+        utterance = self._prepare(request)
+        clock.lap("condition")
+        marking = self._watermarker.start(SAMPLE_RATE, early=early) if self._watermarker is not None else None
         parts: list[_Part] = []
-        watermarked = False
         for part in self._spoken(utterance, job):
-            waveform, found = self._marked(part.waveform)
-            watermarked |= found
-            yield SpeechPiece(len(parts), waveform, SAMPLE_RATE, final=False)
-            parts.append(part)
+            waveform = marking.push(part.waveform) if marking is not None else part.waveform
+            parts.append(part.without_audio())
+            stream.put_audio(waveform, SAMPLE_RATE, len(parts), len(utterance.chunks))
+            while stream.is_far_ahead:
+                job.check()
+                time.sleep(_FAR_AHEAD_S)
         clock.lap("decode")
-        empty = np.zeros(0, np.float32)
-        speech = dataclasses.replace(utterance.speech(parts, empty), watermarked=watermarked, timings=clock.timings())
-        self._count()
-        yield SpeechPiece(len(parts), empty, SAMPLE_RATE, final=True, speech=speech)
+        rest, watermarked = marking.finish() if marking is not None else (np.zeros(0, np.float32), False)
+        stream.put_audio(rest, SAMPLE_RATE, len(parts), len(utterance.chunks))
+        clock.lap("master")
+        return self._counted(utterance.speech(parts, np.zeros(0, np.float32)), watermarked, clock)
 
     def _prepare(self, request: SpeechRequest) -> _Utterance:
         """Whatever can be wrong with a request is found here, before a word is spoken."""
@@ -240,7 +265,8 @@ class DraftEngine:
             tones.append(_Tone.of(f0_hz))
             warnings += missing
         spoken = [(chunk, self._language(chunk.language), tones[chunk.segment_index]) for chunk in chunks]
-        return _Utterance(spoken, request.known_seed, tuple(dict.fromkeys(warnings)))
+        lexicon = Lexicon(request.pronunciations)
+        return _Utterance(spoken, lexicon, request.known_seed, tuple(dict.fromkeys(warnings)))
 
     def _f0(self, voice: Voice | None) -> tuple[float | None, list[str]]:
         """The pitch to speak at in Hz, None for eSpeak's own; and what there is to say about it."""
@@ -266,12 +292,12 @@ class DraftEngine:
     def _spoken(self, utterance: _Utterance, job: _Job) -> Iterator[_Part]:
         for chunk, language, tone in utterance.chunks:
             job.check()
-            yield self._speak_chunk(chunk, language, tone)
+            yield self._speak_chunk(chunk, utterance.lexicon.apply(chunk.text), language, tone)
 
-    def _speak_chunk(self, chunk: PlannedChunk, language: str, tone: _Tone) -> _Part:
+    def _speak_chunk(self, chunk: PlannedChunk, text: str, language: str, tone: _Tone) -> _Part:
         spoken = np.zeros(0, np.float32)
         if chunk.speakable:
-            samples = self._espeak.speak(chunk.text, language, tone.pitch, tone.rate_wpm)
+            samples = self._espeak.speak(text, language, tone.pitch, tone.rate_wpm)
             played_hz = round(self._espeak.sample_rate * tone.speed_up)
             spoken = resample(samples.astype(np.float32) / np.float32(32768), played_hz, SAMPLE_RATE)
         return _Part.of(chunk, spoken)
@@ -294,21 +320,18 @@ class DraftEngine:
         return self._finished(Speech(waveform, SAMPLE_RATE, whole, seed, DRAFT, False, warnings=warned), clock)
 
     def _finished(self, speech: Speech, clock: _Clock) -> Speech:
-        waveform, watermarked = self._marked(speech.waveform)
+        waveform, watermarked = speech.waveform, False
+        if self._watermarker is not None:
+            waveform, watermarked = self._watermarker.apply(waveform, SAMPLE_RATE)
         clock.lap("master")
-        self._count()
-        is_unverified = self._watermarker is not None and not watermarked
-        warnings = (*speech.warnings, *([UNVERIFIED_MARK] if is_unverified else []))
-        return dataclasses.replace(
-            speech, waveform=waveform, watermarked=watermarked, timings=clock.timings(), warnings=warnings
-        )
+        return self._counted(dataclasses.replace(speech, waveform=waveform), watermarked, clock)
 
-    def _marked(self, waveform: FloatArray) -> tuple[FloatArray, bool]:
-        return (waveform, False) if self._watermarker is None else self._watermarker.apply(waveform, SAMPLE_RATE)
-
-    def _count(self) -> None:
+    def _counted(self, speech: Speech, watermarked: bool, clock: _Clock) -> Speech:
         with self._lock:
             self._num_spoken += 1
+        is_unverified = self._watermarker is not None and not watermarked
+        warnings = (*speech.warnings, *([UNVERIFIED_MARK] if is_unverified else []))
+        return dataclasses.replace(speech, watermarked=watermarked, timings=clock.timings(), warnings=warnings)
 
 
 @dataclass(frozen=True)
@@ -359,6 +382,7 @@ class _Part:
     """A chunk's audio with the silence around it; where in it the speech lies, in samples."""
 
     text: str
+    num_samples: int
     waveform: FloatArray
     start: int
     end: int
@@ -369,7 +393,11 @@ class _Part:
         before, after = _silence(chunk.pause_before_s), _silence(chunk.pause_after_s)
         flags = () if spoken.any() or not chunk.speakable else (SILENT,)
         waveform = np.concatenate([before, spoken, after])
-        return cls(chunk.text, waveform, before.size, before.size + spoken.size, flags)
+        return cls(chunk.text, waveform.size, waveform, before.size, before.size + spoken.size, flags)
+
+    def without_audio(self) -> _Part:
+        """What is left to tell of a part whose audio has been given out."""
+        return dataclasses.replace(self, waveform=np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -377,6 +405,7 @@ class _Utterance:
     """A request, checked and planned: each chunk with its language and its tone."""
 
     chunks: list[tuple[PlannedChunk, str, _Tone]]
+    lexicon: Lexicon
     seed: int
     warnings: tuple[str, ...]
 
@@ -388,7 +417,7 @@ class _Utterance:
         """
         if not any(part.end > part.start and not part.flags for part in parts):
             raise SpeechError("generation_failed", "eSpeak NG makes no sound of this text in its language")
-        offsets = np.cumsum([0, *(part.waveform.size for part in parts)]) / SAMPLE_RATE
+        offsets = np.cumsum([0, *(part.num_samples for part in parts)]) / SAMPLE_RATE
         chunks = tuple(
             Chunk(
                 index=index,

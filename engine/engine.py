@@ -11,6 +11,7 @@ and the finish joins and marks its audio (a small pool again, beside the decodin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -31,19 +32,20 @@ from engine.device import DevicePlan
 from engine.errors import SpeechError
 from engine.hub import Progress
 from engine.intake import Intake
+from engine.keeping import Keeper
 from engine.kernels import compile_kernels
 from engine.listening import Listener
 from engine.machine import available_memory
 from engine.models import ModelSpec, get_model
+from engine.outlet import Outlet
 from engine.s3gen.renderer import Renderer, load_renderer
+from engine.stream import SpeechStream
 from engine.t3.backbone import KVCache
 from engine.t3.decoder import Decoder
 from engine.t3.model import T3, load_t3
 from engine.text import load_text_front_end
 from engine.types import (
     SAMPLE_RATE,
-    UNVERIFIED_MARK,
-    Chunk,
     Conditionals,
     ConversionRequest,
     EngineConfig,
@@ -53,8 +55,9 @@ from engine.types import (
     Voice,
     VoicePrompt,
 )
-from engine.utterance import Utterance, as_speech_error, fail, rounded, succeed
+from engine.utterance import Utterance, as_speech_error
 from engine.voices import ConditionalsCache, PreparedVoices
+from engine.work import WorkStore
 
 MAX_TEXT_POSITIONS = 640
 """Cache positions kept for a chunk's text: 280 characters are at most some 300 tokens, Cangjie more."""
@@ -122,12 +125,12 @@ class Engine:
         self._intake_pool = ThreadPoolExecutor(2, "intake")
         self._listening_pool = ThreadPoolExecutor(1, "listening")  # an hour's recording keeps no text waiting
         self._finish_pool = ThreadPoolExecutor(2, "finish")
+        self._keep_pool = ThreadPoolExecutor(8, "keep")  # waits for a store, which may be across a network
         self._core = Core(
             self._spec,
             decoder,
             models.renderer,
             voices,
-            self._start_finish,
             render_beside=plan.device_type == "cuda",
         )
         self._places = threading.Semaphore(config.max_queued)
@@ -191,7 +194,31 @@ class Engine:
             A future that stays pending until its result is set: cancelling it works at any time, and frees
             what the request holds. It raises SpeechError.
         """
-        return self._start(self._intake_pool, lambda future: self._intake.accept(request, future))
+        return self._start(self._intake_pool, lambda future: self._intake.accept(request, future), Future())
+
+    def stream(self, request: SpeechRequest, *, early: bool = True, work: WorkStore | None = None) -> SpeechStream:
+        """Start speaking, and give the audio out as it becomes final.
+
+        Early, the first audio is there after some 24 speech tokens, and a listener need not wait for anything else;
+        joined, the pieces are close to what `speak` gives, but not the same: the model hears the end of a chunk while
+        it speaks its beginning, which a stream cannot wait for. Nor can levels be matched or a chunk be decoded again
+        once it was heard. Not early, pieces are some twenty seconds each and are what `speak` gives: for long texts,
+        whose audio then never lies in memory as a whole.
+
+        Args:
+            early: as above.
+            work: keeps speech tokens and, where not early, audio, so that a request that comes again, in this process
+                or another, goes on from what was done and gives the same audio.
+
+        Returns:
+            The stream. It raises SpeechError in place of a piece; close it when it is not wanted any more.
+        """
+        future: Future[Speech] = Future()
+        stream = SpeechStream(future, self._core.look)
+        keeper = None if work is None else Keeper(work, self._keep_pool, self._made_by)
+        accept = functools.partial(self._intake.accept, request, is_early=early, keeper=keeper)
+        self._start(self._intake_pool, accept, future, stream, keeper)
+        return stream
 
     def submit_conversion(self, request: ConversionRequest) -> Future[Speech]:
         """Start saying a recording again in another voice.
@@ -204,7 +231,7 @@ class Engine:
         def accept(future: Future[Speech]) -> Utterance:
             return self._conversions.accept(request, future, submitted_s, lambda: self._check_wanted(future))
 
-        return self._start(self._listening_pool, accept)
+        return self._start(self._listening_pool, accept, Future())
 
     def convert(
         self, audio: FloatArray, sample_rate: int, voice: Voice | None = None, *, seed: int | None = None
@@ -224,13 +251,19 @@ class Engine:
         request = ConversionRequest(audio=audio, sample_rate=sample_rate, voice=voice, seed=seed)
         return self.submit_conversion(request).result()
 
-    def _start(self, pool: ThreadPoolExecutor, accept: Callable[[Future[Speech]], Utterance]) -> Future[Speech]:
-        future: Future[Speech] = Future()
+    def _start(
+        self,
+        pool: ThreadPoolExecutor,
+        accept: Callable[[Future[Speech]], Utterance],
+        future: Future[Speech],
+        stream: SpeechStream | None = None,
+        keeper: Keeper | None = None,
+    ) -> Future[Speech]:
         if self._is_closed:
             raise SpeechError("cancelled", "the engine is closed")
         self._count_in(future)
         try:
-            pool.submit(self._take_in, accept, future)
+            pool.submit(self._take_in, accept, future, stream, keeper)
         except RuntimeError:  # closed since we looked
             future.cancel()
             raise SpeechError("cancelled", "the engine is closed") from None
@@ -246,14 +279,36 @@ class Engine:
         if self._is_abandoned or future.cancelled():
             raise SpeechError("cancelled", "the request was cancelled")
 
-    def _take_in(self, accept: Callable[[Future[Speech]], Utterance], future: Future[Speech]) -> None:
+    def _take_in(
+        self,
+        accept: Callable[[Future[Speech]], Utterance],
+        future: Future[Speech],
+        stream: SpeechStream | None,
+        keeper: Keeper | None,
+    ) -> None:
         if future.cancelled():
             return
         try:
-            self._core.submit(accept(future))
+            utterance = accept(future)
+            self._core.submit(utterance, self._outlet(utterance, stream), keeper)
         except BaseException as error:
             if future.set_running_or_notify_cancel():
                 future.set_exception(as_speech_error(error))
+
+    def _outlet(self, utterance: Utterance, stream: SpeechStream | None) -> Outlet:
+        """What takes the utterance's audio: to the stream, or to its future."""
+        marking = None
+        if self._watermarker is not None:
+            marking = self._watermarker.start(SAMPLE_RATE, early=utterance.is_early)
+        return Outlet(
+            utterance,
+            utterance.joiner(),
+            marking,
+            stream,
+            self._finish_pool,
+            model=self.model,
+            warnings=self._plan.warnings,
+        )
 
     def speak(self, request: SpeechRequest) -> Speech:
         """Speak and wait.
@@ -270,40 +325,6 @@ class Engine:
             SpeechError: reference_too_short, reference_silent.
         """
         return self._intake.voices.get(prompt)
-
-    # ---------------------------------------------------------------------------------- finishing
-
-    def _start_finish(self, utterance: Utterance) -> None:
-        self._finish_pool.submit(self._finish, utterance)
-
-    def _finish(self, utterance: Utterance) -> None:
-        try:
-            succeed(utterance, self._make_speech(utterance))
-        except BaseException as error:
-            fail(utterance, as_speech_error(error))
-
-    def _make_speech(self, utterance: Utterance) -> Speech:
-        started = time.perf_counter()
-        assembled = utterance.assemble()
-        waveform, is_marked, warnings = assembled.waveform, False, list(utterance.warnings)
-        if self._watermarker is not None:
-            waveform, is_marked = self._watermarker.apply(waveform, SAMPLE_RATE)
-            warnings += [] if is_marked else [UNVERIFIED_MARK]
-        utterance.add_time("master", time.perf_counter() - started)
-        utterance.add_time("total", time.perf_counter() - utterance.submitted_s)
-        return Speech(
-            waveform=waveform,
-            sample_rate=SAMPLE_RATE,
-            chunks=tuple(
-                Chunk(index, chunk.text, *span, attempts=chunk.attempts, flags=chunk.flags)
-                for index, (chunk, span) in enumerate(zip(utterance.chunks, assembled.spans_s, strict=True))
-            ),
-            seed=utterance.seed,
-            model=self.model,
-            watermarked=is_marked,
-            timings=rounded(utterance.timings),
-            warnings=(*self._plan.warnings, *warnings),
-        )
 
     # ---------------------------------------------------------------------------------- about itself
 
@@ -336,6 +357,12 @@ class Engine:
         return key_of(prompt_key, self._intake.model_key)
 
     @property
+    def _made_by(self) -> str:
+        """What decides, beside a request, what comes of it."""
+        plan = self._plan
+        return f"{self._intake.model_key} {plan.dtype} {plan.flow_dtype}"
+
+    @property
     def parameters(self) -> frozenset[str]:
         """Speech parameters that the model has."""
         return self._spec.parameters
@@ -366,6 +393,7 @@ class Engine:
         self._listening_pool.shutdown(wait=True, cancel_futures=False)
         self._core.close(drain=drain)
         self._finish_pool.shutdown(wait=True)
+        self._keep_pool.shutdown(wait=True)
 
     def __enter__(self) -> Engine:
         return self

@@ -13,9 +13,11 @@ from concurrent.futures import Future
 
 from engine import guard
 from engine.errors import SpeechError
+from engine.keeping import Keeper
 from engine.models import ModelSpec
 from engine.t3.sampling import SamplingSettings
 from engine.text import PlannedChunk, TextFrontEnd
+from engine.text.lexicon import Lexicon
 from engine.types import PARAMETERS, Conditionals, IntArray, Speech, SpeechRequest, Voice, VoicePrompt
 from engine.utterance import ChunkWork, Utterance, chunk_seeds
 from engine.voices import ConditionalsCache, check_voice
@@ -57,8 +59,19 @@ class Intake:
         self._num_voice_positions = num_voice_positions
         self._ids = itertools.count()
 
-    def accept(self, request: SpeechRequest, future: Future[Speech], *, is_stream: bool = False) -> Utterance:
+    def accept(
+        self,
+        request: SpeechRequest,
+        future: Future[Speech],
+        *,
+        is_early: bool = False,
+        keeper: Keeper | None = None,
+    ) -> Utterance:
         """Make an utterance.
+
+        Args:
+            is_early: its audio is given out while it is being decoded.
+            keeper: knows what was done of it before.
 
         Raises:
             SpeechError: text_empty, text_too_long, language_unsupported, invalid_request, the reference's codes.
@@ -72,19 +85,23 @@ class Intake:
         seed = request.known_seed
         seeds = chunk_seeds(seed, [chunk.text for chunk in planned])
         voices = [self.resolve(segment.voice or request.voice) for segment in segments]
+        lexicon = Lexicon(request.pronunciations)
         chunks = [
-            self._make_chunk(chunk, chunk_seed, voices[chunk.segment_index], request.max_new_tokens)
+            self._make_chunk(chunk, lexicon, chunk_seed, voices[chunk.segment_index], request.max_new_tokens)
             for chunk, chunk_seed in zip(planned, seeds, strict=True)
         ]
+        sampling = self._settings(request)
+        if keeper is not None:
+            keeper.load_tokens(chunks, sampling, self._default(request, "exaggeration"))
         utterance = Utterance(
             id=self.next_id(),
             future=future,
             seed=seed,
-            settings=self._settings(request),
+            settings=sampling,
             exaggeration=self._default(request, "exaggeration"),
             chunks=chunks,
             warnings=(*self._warnings(request), *self.text.warnings(segments)),
-            is_stream=is_stream,
+            is_early=is_early,
         )
         utterance.add_time("condition", time.perf_counter() - started)
         return utterance
@@ -94,10 +111,16 @@ class Intake:
         return next(self._ids)
 
     def _make_chunk(
-        self, planned: PlannedChunk, seed: int, conditionals: Conditionals, max_new_tokens: int | None
+        self,
+        planned: PlannedChunk,
+        lexicon: Lexicon,
+        seed: int,
+        conditionals: Conditionals,
+        max_new_tokens: int | None,
     ) -> ChunkWork:
-        tokens = self.text.encode(planned.text, planned.language)
-        expectation = guard.expect(planned.text, self.text.check_language(planned.language))
+        spoken = lexicon.apply(planned.text)
+        tokens = self.text.encode(spoken, planned.language)
+        expectation = guard.expect(spoken, self.text.check_language(planned.language))
         return ChunkWork(
             text=planned.text,
             text_tokens=tokens,

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+_Job = TypeVar("_Job")
 
 STREAM_TURNS = 4
 """Out of so many turns with both classes waiting, one is the batch's."""
@@ -101,9 +104,9 @@ class Scheduler:
         return sum(len(queue.tickets) for queue in queues)
 
 
-def in_turns(ready: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def in_turns(ready: Sequence[tuple[_Job, int]]) -> list[tuple[_Job, int]]:
     """(job, pass) pairs in the order of serving: the first of every job, then the second of every job, and so on."""
-    num_before: Counter[int] = Counter()
+    num_before: Counter[_Job] = Counter()
     rounds = []
     for job, _ in ready:
         rounds.append(num_before[job])

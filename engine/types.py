@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -239,6 +240,7 @@ class SpeechRequest:
         exaggeration: emotion intensity, 0.5 is neutral (original, multilingual).
         cfg_weight: classifier-free guidance of the decoder, 0 turns it off (original, multilingual).
         max_new_tokens: upper bound of speech tokens per chunk (25 per second).
+        pronunciations: words to what is said in their place, such as {"SQL": "sequel"}; see `engine.text.Lexicon`.
 
     Raises:
         SpeechError: text_empty, invalid_request.
@@ -257,9 +259,11 @@ class SpeechRequest:
     exaggeration: float | None = None
     cfg_weight: float | None = None
     max_new_tokens: int | None = None
+    pronunciations: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segments", tuple(self.segments or ()))
+        object.__setattr__(self, "pronunciations", _frozen_mapping(self.pronunciations))
         if not all(isinstance(segment, Segment) for segment in self.segments):
             raise SpeechError("invalid_request", "expected segments to be a sequence of Segment", "segments")
         _check_voice(self.voice)
@@ -319,6 +323,14 @@ class ConversionRequest:
     def known_seed(self) -> int:
         """The seed, or one drawn now."""
         return _drawn_seed() if self.seed is None else self.seed
+
+
+def _frozen_mapping(pronunciations: object) -> Mapping[str, str]:
+    if not isinstance(pronunciations, Mapping):
+        raise SpeechError(
+            "invalid_request", "pronunciations: expected words to what is said in their place", "pronunciations"
+        )
+    return MappingProxyType(dict(pronunciations))
 
 
 def _drawn_seed() -> int:
@@ -416,6 +428,7 @@ class SpeechPiece:
         waveform: float32 (T,) mono.
         sample_rate: Hz.
         final: whether the stream ends here.
+        num_chunks_done, num_chunks: how many of the request's chunks are spoken to their end by now, and of how many.
         speech: on the final piece, the whole result; its waveform is empty (the pieces carry it).
     """
 
@@ -423,6 +436,8 @@ class SpeechPiece:
     waveform: FloatArray
     sample_rate: int
     final: bool
+    num_chunks_done: int = 0
+    num_chunks: int = 0
     speech: Speech | None = None
 
 

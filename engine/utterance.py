@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from engine import guard, noise
-from engine.audio.assembly import Assembled, Clip, assemble
+from engine.audio.assembly import Clip, Joiner, Joins
 from engine.errors import SpeechError
 from engine.models import SILENCE_TOKEN, SPEECH_VOCAB_SIZE, START_SPEECH_TOKEN, ModelSpec
 from engine.t3.decoder import DecodedRow
@@ -58,6 +57,9 @@ class ChunkWork:
     tokens: IntArray | None = None
     flags: tuple[str, ...] = ()
     is_done: bool = False
+    kept_as: str = ""  # key of its tokens in a work store
+    so_far: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))  # of the attempt under way, if it is heard
+    num_given: int = 0  # of them, rendered already: they can be taken back no more
 
     @property
     def attempt_seed(self) -> int:
@@ -70,7 +72,9 @@ class ChunkWork:
         return self.tokens
 
     def rendered_tokens(self, spec: ModelSpec) -> IntArray:
-        """The tokens as S3Gen speaks them."""
+        """The tokens as S3Gen speaks them; of a chunk that is not done, those so far."""
+        if not self.is_done:
+            return self.so_far
         if spec.family != "turbo":
             return self.spoken_tokens
         closing = np.full(NUM_CLOSING_SILENCES, SILENCE_TOKEN, dtype=self.spoken_tokens.dtype)
@@ -86,10 +90,16 @@ class ChunkWork:
         self.attempts += 1
         tokens = valid_tokens(row.tokens, spec)
         flags = guard.judge(tokens, self.expectation, has_stopped=row.has_stopped)
-        if self.tokens is None or guard.is_better(flags, self.flags):
-            self.tokens, self.flags = guard.trim_loop(tokens, flags), flags
-        self.is_done = not self.flags or self.attempts >= guard.MAX_ATTEMPTS
+        if self.tokens is None or self.num_given or guard.is_better(flags, self.flags):
+            self.tokens, self.flags = self._after_what_is_given(guard.trim_loop(tokens, flags)), flags
+        self.is_done = not self.flags or self.attempts >= guard.MAX_ATTEMPTS or self.num_given > 0
+        self.so_far = self.so_far[:0]
         return self.is_done
+
+    def _after_what_is_given(self, tokens: IntArray) -> IntArray:
+        """The tokens, or where they do not continue what was heard already, that alone."""
+        given = self.so_far[: self.num_given]
+        return tokens if np.array_equal(tokens[: len(given)], given) else given
 
 
 def valid_tokens(tokens: IntArray, spec: ModelSpec) -> IntArray:
@@ -135,7 +145,7 @@ class Utterance:
         chunks: in order.
         warnings: what could not be done.
         timings: seconds by stage so far.
-        is_stream: goes before batch work.
+        is_early: its audio is given out while its chunks are still decoding; goes before batch work.
     """
 
     id: int
@@ -146,9 +156,8 @@ class Utterance:
     chunks: Sequence[ChunkWork]
     warnings: tuple[str, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
-    is_stream: bool = False
+    is_early: bool = False
     submitted_s: float = field(default_factory=time.perf_counter)
-    waveforms: dict[int, Tensor] = field(default_factory=dict)  # by chunk
     passes: tuple[range, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -158,14 +167,10 @@ class Utterance:
         """Which chunks share a pass of S3Gen."""
         return plan_passes(self.chunks)
 
-    def assemble(self) -> Assembled:
-        """The rendered chunks as one waveform."""
-        return assemble(
-            [
-                Clip(self.waveforms[index], chunk.pause_after_s, chunk.pause_before_s)
-                for index, chunk in enumerate(self.chunks)
-            ]
-        )
+    def joiner(self) -> Joins:
+        """Puts its chunks together."""
+        clips = [Clip(c.pause_before_s, c.pause_after_s, c.conditionals.key) for c in self.chunks]
+        return Joiner(clips, even_levels=not self.is_early)
 
     def add_time(self, stage: str, seconds: float) -> None:
         self.timings[stage] = self.timings.get(stage, 0.0) + seconds
@@ -176,10 +181,6 @@ class Utterance:
 
     def is_pass_decoded(self, index: int) -> bool:
         return all(self.chunks[chunk].is_done for chunk in self.passes[index])
-
-    @property
-    def is_rendered(self) -> bool:
-        return len(self.waveforms) == len(self.chunks)
 
 
 def chunk_seeds(seed: int, texts: Sequence[str]) -> list[int]:

@@ -33,6 +33,8 @@ ENGINE_ORDER = (
         "serialization",
         "types",
         "models",
+        "stream",
+        "work",
         "kernels",
         "machine",
         "device",
@@ -45,7 +47,8 @@ ENGINE_ORDER = (
         "checkpoint",
     ),
     *("text", "random_tokenizers", "random_checkpoint", "conditioning", "listening", "t3", "s3gen", "guard", "audio"),
-    *("espeak", "draft", "scheduler", "utterance", "voices", "intake", "conversion", "core", "engine"),
+    *("espeak", "draft", "scheduler", "utterance", "keeping", "voices", "intake", "conversion", "outlet", "early"),
+    *("rendering", "core", "engine"),
 )
 """The rooms of the engine from the ground up: each may import only itself and rooms before it."""
 

@@ -3,13 +3,18 @@
 perth's own class resamples, measures and rebuilds the whole spectrum in one go. Here the same trained
 networks are driven block by block (an hour of audio takes no more memory than half a minute) and only
 the band that carries the mark is changed, by a gain per bin; phases are never taken apart.
+
+Audio is marked as it is made: in blocks, the same bits as the whole at once, or early, for a stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -34,6 +39,18 @@ BLOCK_S = 30.0
 OVERLAP_S = 1.0
 """Blocks share this much. The networks see 0.2 s to each side, so the middle half of an overlap comes
 out the same in both blocks; there one fades into the other."""
+
+CONTEXT_S = 0.25
+"""What a stream is marked with to each side of what is given out: the 0.2 s that the networks see, the
+resampler's filter and the fade between two runs."""
+
+EARLY_FADE_S = 0.02
+"""Two runs over a stream share this much. They differ by rounding only, so that any fade will do."""
+
+EARLY_RUN_S = 0.1
+"""A stream is run over when so much is new: each run costs its contexts' 0.5 s too."""
+
+_NUM_SPARE = 1 << 15  # samples: 1.4 s at 24 kHz
 
 _HEADROOM_DB = 15.0  # of perth's normalised magnitudes: perth.perth_net_implicit.utils.normalize
 
@@ -62,7 +79,7 @@ class Watermarker:
         }
 
     @classmethod
-    def load(cls, device: str = "cpu") -> Watermarker:
+    def load(cls, device: str = "cpu") -> Self:
         """Load perth's packaged network.
 
         Raises:
@@ -77,6 +94,17 @@ class Watermarker:
         except Exception as error:
             raise SpeechError("watermark_unavailable", f"perth's network cannot be loaded: {error}") from error
 
+    def start(self, sample_rate: int, *, early: bool = False) -> Marking:
+        """Begin to mark audio that comes in pieces.
+
+        Args:
+            sample_rate: Hz; below 4 kHz there would be no room for the mark.
+            early: give out all but the last 0.25 to 0.35 s of what was pushed, which differs from `mark` of the
+                whole by rounding only, and takes up to six times its work. Otherwise what is given out is `mark`
+                of the whole bit for bit, 32 s late at most.
+        """
+        return Marking(self._renderer(sample_rate, early=early), self._search(sample_rate))
+
     def apply(self, waveform: FloatArray, sample_rate: int) -> tuple[FloatArray, bool]:
         """Mark audio and verify the mark.
 
@@ -88,14 +116,13 @@ class Watermarker:
             SpeechError: watermark_unavailable when verifiable audio does not carry the mark afterwards,
                 generation_failed for audio that is not finite, in which no mark could be found.
         """
-        if not np.isfinite(waveform).all():
-            raise SpeechError("generation_failed", "the audio holds NaN or infinity")
+        _check_finite(waveform)
         marked = self.mark(waveform, sample_rate)
-        if not is_verifiable(marked, sample_rate):
-            return marked, False
-        if not self.verify(marked, sample_rate):
-            raise SpeechError("watermark_unavailable", "the watermark could not be found in the audio after marking")
-        return marked, True
+        search = self._search(sample_rate)
+        search.push(marked)
+        search.finish()
+        search.check()
+        return marked, search.num_found > 0
 
     def mark(self, waveform: FloatArray, sample_rate: int) -> FloatArray:
         """Put the watermark into audio.
@@ -109,15 +136,36 @@ class Watermarker:
         """
         assert waveform.ndim == 1, waveform.shape
         marked = np.empty(waveform.size, np.float32)
-        for start, stop, num_fade in _blocks(waveform.size, sample_rate):
-            _fade_in(marked, start, self._mark_block(waveform[start:stop], sample_rate), num_fade)
-        return np.clip(marked, -1.0, 1.0, out=marked)
+        renderer = self._renderer(sample_rate, early=False)
+        position = 0
+        for piece in itertools.chain(renderer.push(waveform), renderer.finish()):
+            marked[position : position + piece.size] = piece
+            position += piece.size
+        assert position == marked.size, (position, marked.size)
+        return marked
 
     def verify(self, waveform: FloatArray, sample_rate: int) -> bool:
         """Whether the mark is found in every verifiable block; False where there is none."""
-        blocks = (waveform[start:stop] for start, stop, _ in _blocks(waveform.size, sample_rate))
-        found = [self._detect(block, sample_rate) > DETECTED for block in blocks if is_verifiable(block, sample_rate)]
-        return bool(found) and all(found)
+        search = self._search(sample_rate)
+        search.push(waveform)
+        search.finish()
+        return search.num_found > 0 and search.num_missed == 0
+
+    def _renderer(self, sample_rate: int, *, early: bool) -> _Renderer:
+        render = functools.partial(self._mark_block, sample_rate=sample_rate)
+        return (
+            _EarlyRenderer(render, sample_rate, self._grid(sample_rate))
+            if early
+            else _BlockRenderer(render, sample_rate)
+        )
+
+    def _grid(self, sample_rate: int) -> int:
+        """The fewest samples that are a whole number of the networks' frames, and of samples at their rate."""
+        num_frames_per_s = self._rate // self._stft["hop_length"]
+        return sample_rate // math.gcd(sample_rate, num_frames_per_s)
+
+    def _search(self, sample_rate: int) -> _Search:
+        return _Search(functools.partial(self._detect, sample_rate=sample_rate), sample_rate)
 
     @torch.inference_mode()
     def _mark_block(self, block: FloatArray, sample_rate: int) -> FloatArray:
@@ -156,6 +204,233 @@ class Watermarker:
         return _HEADROOM_DB - self._min_db
 
 
+class Marking:
+    """One utterance on its way through the watermark: pieces of any size go in, marked audio comes out.
+
+    Holds a block of what came in and a block of what went out (to verify it), however long the utterance
+    is. Not for several threads at a time; after an error it is of no more use.
+
+    Args:
+        renderer: makes marked audio of what is pushed.
+        search: looks for the mark in what the renderer made.
+    """
+
+    def __init__(self, renderer: _Renderer, search: _Search) -> None:
+        self._renderer, self._search = renderer, search
+
+    def push(self, waveform: FloatArray) -> FloatArray:
+        """Add audio.
+
+        Args:
+            waveform: float32 (n,) in [-1, 1]; n may be 0.
+
+        Returns:
+            float32 (m,): the marked audio that is final now, which follows what was given out before.
+
+        Raises:
+            SpeechError: generation_failed for audio that is not finite; watermark_unavailable as soon as 30 s
+                turn out not to carry the mark.
+        """
+        _check_finite(waveform)
+        return self._searched(self._renderer.push(waveform))
+
+    def finish(self) -> tuple[FloatArray, bool]:
+        """End the utterance.
+
+        Returns:
+            float32 (m,): the rest of the marked audio. And whether the mark was found: False only where nothing
+            could be verified, because it was shorter than 0.5 s or silent.
+
+        Raises:
+            SpeechError: watermark_unavailable when verifiable audio does not carry the mark.
+        """
+        rest = self._searched(self._renderer.finish())
+        self._search.finish()
+        self._search.check()
+        return rest, self._search.num_found > 0
+
+    def _searched(self, pieces: Iterable[FloatArray]) -> FloatArray:
+        marked = np.concatenate([np.zeros(0, np.float32), *pieces])
+        self._search.push(marked)
+        self._search.check()
+        return marked
+
+
+class _Search:
+    """Looks for the mark in audio that comes in pieces, by the same blocks whatever the pieces are.
+
+    Args:
+        detect: block (n,) → confidence from 0 to 1 that it is marked.
+    """
+
+    def __init__(self, detect: Callable[[FloatArray], float], sample_rate: int) -> None:
+        self._detect, self._rate = detect, sample_rate
+        self._blocks = _Blocks(sample_rate)
+        self.num_found = 0
+        self.num_missed = 0
+
+    def push(self, waveform: FloatArray) -> None:
+        self._look_at(self._blocks.push(waveform))
+
+    def finish(self) -> None:
+        self._look_at(self._blocks.finish())
+
+    def check(self) -> None:
+        """Let nothing pass that lacks the mark.
+
+        Raises:
+            SpeechError: watermark_unavailable when a verifiable block did not carry it.
+        """
+        if self.num_missed:
+            raise SpeechError("watermark_unavailable", "the watermark could not be found in the audio after marking")
+
+    def _look_at(self, blocks: Iterable[FloatArray]) -> None:
+        for block in blocks:
+            if is_verifiable(block, self._rate):
+                is_found = self._detect(block) > DETECTED  # never with NaN
+                self.num_found += is_found
+                self.num_missed += not is_found
+
+
+class _Renderer(Protocol):
+    """Marks audio that comes in pieces; the pieces it gives follow each other and are final."""
+
+    def push(self, waveform: FloatArray) -> Iterator[FloatArray]: ...
+
+    def finish(self) -> Iterator[FloatArray]: ...
+
+
+class _BlockRenderer:
+    """Block by block: the same bits whatever the pieces are.
+
+    Args:
+        render: unmarked audio (n,) → marked (n,).
+    """
+
+    def __init__(self, render: Callable[[FloatArray], FloatArray], sample_rate: int) -> None:
+        self._render = render
+        self._blocks = _Blocks(sample_rate)
+        self._seam = _Seam(round(OVERLAP_S * sample_rate))
+
+    def push(self, waveform: FloatArray) -> Iterator[FloatArray]:
+        for block in self._blocks.push(waveform):
+            yield self._seam.join(self._render(block))
+
+    def finish(self) -> Iterator[FloatArray]:
+        for block in self._blocks.finish():
+            yield self._seam.join(self._render(block), is_last=True)
+
+
+class _EarlyRenderer:
+    """All but the last 0.25 s as soon as 0.1 s more has come, each run with 0.25 s of context to each side.
+
+    Args:
+        render: unmarked audio (n,) → marked (n,).
+        grid: runs begin a multiple of so many samples apart, so that the networks see the same frames.
+    """
+
+    def __init__(self, render: Callable[[FloatArray], FloatArray], sample_rate: int, grid: int) -> None:
+        self._render, self._grid = render, grid
+        self._num_context, self._num_worth = round(CONTEXT_S * sample_rate), round(EARLY_RUN_S * sample_rate)
+        self._num_most = round(BLOCK_S * sample_rate)
+        self._held = _Held()
+        self._num_given = 0  # of those held: left context
+        self._seam = _Seam(round(EARLY_FADE_S * sample_rate))
+
+    def push(self, waveform: FloatArray) -> Iterator[FloatArray]:
+        for start in range(0, waveform.size, self._num_most):
+            self._held.append(waveform[start : start + self._num_most])
+            if self._held.size - self._num_context >= self._num_given + self._num_worth:
+                yield self._run()
+
+    def finish(self) -> Iterator[FloatArray]:
+        if self._held.size > self._num_given:
+            yield self._seam.join(self._render(self._held.samples)[self._num_given :], is_last=True)
+
+    def _run(self) -> FloatArray:
+        ready = self._held.size - self._num_context
+        marked = self._render(self._held.samples)[self._num_given : ready + self._seam.num_shared]
+        begin = max(0, ready - self._num_context) // self._grid * self._grid
+        self._held.drop(begin)
+        self._num_given = ready - begin
+        return self._seam.join(marked)
+
+
+class _Seam:
+    """Joins stretches each of which begins with what the one before ended with.
+
+    Args:
+        num_shared: so many samples are in both. Over their middle half one fades into the other.
+    """
+
+    def __init__(self, num_shared: int) -> None:
+        self.num_shared = num_shared
+        quarter = num_shared // 4
+        ramp = (np.arange(num_shared, dtype=np.float32) - quarter) / max(num_shared - 2 * quarter, 1)
+        self._fade = np.clip(ramp, 0.0, 1.0)
+        self._end: FloatArray | None = None
+
+    def join(self, stretch: FloatArray, *, is_last: bool = False) -> FloatArray:
+        """What is final, in [-1, 1]: all but what the next stretch begins with."""
+        joined = stretch.copy()
+        if self._end is not None:
+            joined[: self.num_shared] = self._end * (1 - self._fade) + stretch[: self.num_shared] * self._fade
+        num_final = joined.size if is_last else joined.size - self.num_shared
+        self._end = joined[num_final:].copy()  # as a view it would keep all of the stretch
+        return np.clip(joined[:num_final], -1.0, 1.0)
+
+
+class _Blocks:
+    """Cuts audio that comes in pieces into blocks of 30 s, each with the 1 s that it shares with the next.
+
+    The last takes a short rest along. A block is a view: use it before the next is asked for.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        self._step, self._overlap = round(BLOCK_S * sample_rate), round(OVERLAP_S * sample_rate)
+        self._held = _Held()
+
+    def push(self, waveform: FloatArray) -> Iterator[FloatArray]:
+        num_most = self._step + 2 * self._overlap  # up to here it may be the last block
+        while waveform.size:
+            num_taken = num_most + 1 - self._held.size
+            self._held.append(waveform[:num_taken])
+            waveform = waveform[num_taken:]
+            if self._held.size > num_most:
+                yield self._held.samples[: self._step + self._overlap]
+                self._held.drop(self._step)
+
+    def finish(self) -> Iterator[FloatArray]:
+        if self._held.size:
+            yield self._held.samples
+
+
+class _Held:
+    """Samples that wait. Their array grows by more than is needed: many small pieces cost about what few do."""
+
+    def __init__(self) -> None:
+        self._room = np.empty(0, np.float32)
+        self.size = 0
+
+    @property
+    def samples(self) -> FloatArray:
+        return self._room[: self.size]
+
+    def append(self, waveform: FloatArray) -> None:
+        size = self.size + waveform.size
+        if size > self._room.size:
+            room = np.empty(size + _NUM_SPARE, np.float32)
+            room[: self.size] = self.samples
+            self._room = room
+        self._room[self.size : size] = waveform
+        self.size = size
+
+    def drop(self, num_samples: int) -> None:
+        """The first ones; what is left moves into an array of its own."""
+        self._room = self.samples[num_samples:].copy()
+        self.size = self._room.size
+
+
 def is_verifiable(waveform: FloatArray, sample_rate: int) -> bool:
     """Whether the detector has enough to go by: 0.5 s, and not silence."""
     if waveform.size < MIN_VERIFIABLE_S * sample_rate:
@@ -180,26 +455,10 @@ def _load_networks(folder: Path) -> tuple[nn.ModuleDict, Any]:
     return networks, settings
 
 
-def _blocks(num_samples: int, sample_rate: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, how many samples it shares with the block before). The last takes a short rest along."""
-    step, overlap = round(BLOCK_S * sample_rate), round(OVERLAP_S * sample_rate)
-    start = 0
-    while start < num_samples:
-        rest = num_samples - start
-        stop = num_samples if rest <= step + 2 * overlap else start + step + overlap
-        yield start, stop, overlap if start else 0
-        if stop == num_samples:
-            return
-        start += step
-
-
-def _fade_in(target: FloatArray, start: int, block: FloatArray, num_shared: int) -> None:
-    """Write a block; over the middle half of what it shares, fade from the block before."""
-    quarter = num_shared // 4
-    fade = np.clip((np.arange(num_shared, dtype=np.float32) - quarter) / max(num_shared - 2 * quarter, 1), 0.0, 1.0)
-    shared = slice(start, start + num_shared)
-    target[shared] = target[shared] * (1 - fade) + block[:num_shared] * fade
-    target[shared.stop : start + block.size] = block[num_shared:]
+def _check_finite(waveform: FloatArray) -> None:
+    assert waveform.ndim == 1, waveform.shape
+    if not np.isfinite(waveform).all():
+        raise SpeechError("generation_failed", "the audio holds NaN or infinity")
 
 
 def _fit(signal: FloatArray, size: int) -> FloatArray:

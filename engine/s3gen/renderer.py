@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ from engine.models import ModelSpec
 from engine.packed import can_pack, pack_linears
 from engine.s3gen.flow import FRAMES_PER_TOKEN, Flow, FlowRequest, FlowVoice
 from engine.s3gen.keys import build_flow, build_vocoder, flow_keys, vocoder_keys
+from engine.s3gen.streaming import StreamedPass
 from engine.s3gen.vocoder import SourceNoise, Vocoder
 from engine.types import Conditionals, IntArray
 from engine.weights import WeightFile, without_weights
+
+_Result = TypeVar("_Result")
 
 MAX_PADDING = 0.15
 """Passes share a batch while the shortest is at most this much shorter than the longest."""
@@ -47,6 +51,21 @@ class Pass:
     def num_frames(self) -> int:
         """Mel frames of the whole pass, the voice's prompt included."""
         return FRAMES_PER_TOKEN * (len(self.voice.tokens) + len(self.tokens))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The next of a pass that is heard while it grows.
+
+    Args:
+        so_far: the pass with all tokens that there are.
+        heard: what was spoken of it.
+        is_last: whether no more tokens follow.
+    """
+
+    so_far: Pass
+    heard: StreamedPass
+    is_last: bool
 
 
 def flow_voice(conditionals: Conditionals, device: torch.device) -> FlowVoice:
@@ -92,13 +111,36 @@ class Renderer:
             Per pass float32 (samples,) on the device: 960 per token, 480 less when the prompt has an odd number of
             mel frames.
         """
+        return self._on_stream(lambda: self._render(passes))
+
+    @torch.inference_mode()
+    def render_on(self, stretches: Sequence[Stretch]) -> list[tuple[Tensor, StreamedPass]]:
+        """Speak what is new of passes whose tokens are still coming.
+
+        Returns:
+            Per pass float32 (samples,) on the device, behind what was spoken of it before; and its state then.
+        """
+        return self._on_stream(lambda: self._render_on(stretches))
+
+    def _on_stream(self, render: Callable[[], _Result]) -> _Result:
         if self._stream is None:
-            return self._render(passes)
+            return render()
         self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))  # for the voices' tensors
         with torch.cuda.stream(self._stream):
-            waveforms = self._render(passes)
+            waveforms = render()
         self._stream.synchronize()  # whoever takes the audio may be on any stream
         return waveforms
+
+    def _render_on(self, stretches: Sequence[Stretch]) -> list[tuple[Tensor, StreamedPass]]:
+        mels: dict[int, Tensor] = {}
+        passes = [stretch.so_far for stretch in stretches]
+        for group in group_by_length([p.num_frames for p in passes], self.max_frames):
+            mels.update(zip(group, self._make_mels([passes[i] for i in group]), strict=True))
+        with self._exact():
+            return [
+                stretch.heard.speak(self.vocoder, mels[i], is_last=stretch.is_last)
+                for i, stretch in enumerate(stretches)
+            ]
 
     def _render(self, passes: Sequence[Pass]) -> list[Tensor]:
         waveforms: dict[int, Tensor] = {}

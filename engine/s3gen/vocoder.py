@@ -165,9 +165,15 @@ class Vocoder(nn.Module):
 
     def make_source(self, mel: Tensor, source_noise: SourceNoise) -> Tensor:
         """The excitation: harmonics of F0 where voiced, noise elsewhere; (rows, 1, samples)."""
-        f0 = self.f0_predictor(mel).repeat_interleave(SAMPLES_PER_FRAME, dim=1)[:, None]  # (rows, 1, samples)
-        harmonics = torch.arange(1, NUM_HARMONICS + 2, device=mel.device, dtype=torch.float32)[:, None]
-        cycles = torch.cumsum(f0 * harmonics / SAMPLE_RATE, dim=-1) % 1
+        f0 = self.track_f0(mel)
+        return self.excite(f0, count_cycles(f0), source_noise)
+
+    def track_f0(self, mel: Tensor) -> Tensor:
+        """F0 of every sample in Hz: (rows, 1, samples)."""
+        return self.f0_predictor(mel).repeat_interleave(SAMPLES_PER_FRAME, dim=1)[:, None]
+
+    def excite(self, f0: Tensor, cycles: Tensor, source_noise: SourceNoise) -> Tensor:
+        """The excitation of a pitch; `cycles` as `count_cycles` gives them."""
         sines = SINE_AMPLITUDE * torch.sin(2 * math.pi * cycles + source_noise.phases)
         is_voiced = (f0 > VOICED_THRESHOLD_HZ).float()
         noise_std = is_voiced * NOISE_STD + (1 - is_voiced) * SINE_AMPLITUDE / 3
@@ -194,3 +200,14 @@ class Vocoder(nn.Module):
         phase = torch.sin(x[:, FFT_SIZE // 2 + 1 :])
         waveform = torch.istft(torch.polar(magnitude, phase), FFT_SIZE, FFT_HOP, FFT_SIZE, window=self.window)
         return waveform.clamp(-AUDIO_LIMIT, AUDIO_LIMIT)
+
+
+def count_cycles(f0: Tensor, start: Tensor | float = 0.0) -> Tensor:
+    """Cycles of F0 and its harmonics up to each sample, modulo one: (rows, 9, samples).
+
+    Args:
+        f0: Hz, (rows, 1, samples).
+        start: (rows, 9, 1) before the first sample.
+    """
+    harmonics = torch.arange(1, NUM_HARMONICS + 2, device=f0.device, dtype=torch.float32)[:, None]
+    return (torch.cumsum(f0 * harmonics / SAMPLE_RATE, dim=-1) + start) % 1

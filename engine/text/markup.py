@@ -1,13 +1,15 @@
 """What may stand in a text beside words: pauses for the planner, tags for the model.
 
 `[pause 0.8s]` is honoured for every model; it never reaches one. A tag such as `[laugh]` is a token
-of the models that were trained on it; elsewhere it would be read out, so it is dropped there.
+of the models that were trained on it; elsewhere it would be read out, so it is dropped there. What has
+the form of markup and is neither is refused: `[giggle]` or `<break/>` read out would spoil the audio.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import SpeechError
@@ -33,7 +35,7 @@ KNOWN_TAGS = (
     "[chuckle]",
     "[laugh]",
 )
-"""Turbo's tags. Only these are ever dropped: other text in brackets is text."""
+"""Turbo's tags. Only these are ever dropped."""
 
 TAG = re.compile("|".join(re.escape(tag) for tag in KNOWN_TAGS), re.IGNORECASE)
 
@@ -45,6 +47,48 @@ MAX_TOTAL_PAUSE_S = 3600.0
 
 _PAUSE = re.compile(r"\[pause\s{1,8}([0-9.,]{1,12})\s{0,8}([a-z]{0,12})\]", re.IGNORECASE)
 _UNIT_S = {"": 1.0, "s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 0.001}
+
+_FORM = re.compile(
+    # One or two words in lower case, and perhaps a number with a unit. Not markup: a footnote or a letter
+    # put in ([a], [s]he), editors' marks, the text of a Markdown link.
+    r"\[\s{0,8}(?!(?:sic|ibid)\])/?(?:[a-z]{1,32}[ \t_:=-]{1,8}[a-z]{1,32}|[a-z]{2,32})"
+    r"(?:[ \t_:=-]{1,8}[+-]?[0-9]{1,12}(?:[.,][0-9]{1,12})?\s{0,8}[a-z%]{0,12})?\s{0,8}/?\](?!\()"
+    # Whatever was to be a pause.
+    r"|(?i:\[\s{0,8}/?\s{0,8}pause)[^\[\]\n]{0,40}\]?"
+    # Elements of SSML 1.1 and of its dialects: <break>, </voice>, <prosody rate=, <emphasis strong>.
+    r"|(?i:</?(?:speak|lexicon|lookup|meta|metadata|token|say-as|phoneme|sub|lang|voice|emphasis|break|prosody|audio"
+    r"|desc|mark|media|par|seq|(?:amazon|google|mstts|ssml):[a-z-]{1,32})"
+    r"(?:\s{0,8}/?>|\s{1,8}[\w:-]{1,32}\s{0,8}=[^<>]{0,200}>?|\s[^<>]{0,200}>))"
+    # Its elements of one letter, which are a variable more often.
+    r"|(?i:</?[psw](?:\s{0,8}/?>|\s{1,8}[\w:-]{1,32}\s{0,8}=\s{0,8}[\"'][^<>]{0,200}>?)|<\?xml\b[^<>]{0,200}>?)"
+)
+
+MARKUP = re.compile(f"(?P<known>(?i:{TAG.pattern}|{_PAUSE.pattern}))|{_FORM.pattern}")
+"""Everything that has the form of markup; the group `known` matches where it also is one."""
+
+_PAUSE_EXAMPLE = "[pause 0.8s]"
+_PAUSE_NAMES = frozenset({"break", "wait", "silence", "silent", "delay", "sleep", "stop", "beat"})
+_LENGTH = re.compile(r"([0-9]{1,5}(?:\.[0-9]{1,3})?)\s{0,8}(ms|s)(?:ec|econds?)?\b", re.IGNORECASE)
+_TAG_BY_SENSE: Mapping[str, str] = {
+    "giggle": "[chuckle]",
+    "giggles": "[chuckle]",
+    "snicker": "[chuckle]",
+    "lol": "[laugh]",
+    "haha": "[laugh]",
+    "sob": "[crying]",
+    "sobbing": "[crying]",
+    "weeping": "[crying]",
+    "breath": "[gasp]",
+    "breathe": "[gasp]",
+    "inhale": "[gasp]",
+    "exhale": "[sigh]",
+    "sad": "[crying]",
+    "mad": "[angry]",
+    "scared": "[fear]",
+    "joy": "[happy]",
+    "hush": "[shush]",
+}
+"""Names that people try, by what they mean; what is merely spelled otherwise is found by its letters."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +102,47 @@ class MarkedText:
 
     text: str
     pauses: tuple[tuple[int, float], ...]
+
+
+def refuse_unknown(text: str, where: str = "") -> None:
+    """Refuse what has the form of markup but is not known.
+
+    Args:
+        text: as the caller wrote it.
+        where: which text it is, for the message; "" where there is only one.
+
+    Raises:
+        SpeechError: invalid_request with the markup, its offset and the nearest that is known.
+    """
+    if "[" not in text and "<" not in text:
+        return
+    for match in MARKUP.finditer(text):
+        if match["known"] is None:
+            inside = match[0].strip("[]<>/ ")
+            raise SpeechError(
+                "invalid_request",
+                f"text: unknown markup {_clip(match[0])} at character {match.start()}{where}; {_hint(match[0])}; "
+                f"to have words read, write them in round brackets: {_clip(f'({inside})')}",
+                "text",
+            )
+
+
+def _clip(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+
+
+def _hint(markup: str) -> str:
+    """What of the known markup may be meant."""
+    words = re.findall("[a-z]+", markup.lower())
+    if words[0].startswith("pause") or words[0] in _PAUSE_NAMES:
+        length = _LENGTH.search(markup)
+        return f"the nearest known is {f'[pause {length[1]}{length[2]}]' if length else _PAUSE_EXAMPLE}"
+    by_sense = [_TAG_BY_SENSE[word] for word in words if word in _TAG_BY_SENSE]
+    names = [tag.strip("[]") for tag in KNOWN_TAGS]
+    by_letters = [f"[{name}]" for name in difflib.get_close_matches(" ".join(words[:2]), names, n=1)]
+    for nearest in (*by_sense, *by_letters):
+        return f"the nearest known is {nearest}"
+    return f"known are {_PAUSE_EXAMPLE} and {', '.join(KNOWN_TAGS)}"
 
 
 def extract_pauses(text: str) -> MarkedText:

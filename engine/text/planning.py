@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import SpeechError
-from engine.text.markup import extract_pauses
+from engine.text.markup import extract_pauses, refuse_unknown
 from engine.text.normalize import is_speakable, repair_surrogates
-from engine.text.splitting import Break, Piece, split_text
+from engine.text.splitting import Break, Piece, halve, split_text
 from engine.types import Segment
 
 DEFAULT_MAX_CHARS = 280
@@ -87,9 +87,12 @@ def plan(
         tags: tags that the model knows. Others of `KNOWN_TAGS` count as silent.
 
     Raises:
-        SpeechError: text_empty, or invalid_request for a pause that cannot be.
+        SpeechError: text_empty, or invalid_request for a pause that cannot be and for what has the
+            form of markup and is none.
     """
     assert max_chars >= 1, max_chars
+    for index, segment in enumerate(segments):
+        refuse_unknown(segment.text, f" of segment {index}" if len(segments) > 1 else "")
     builder = _PlanBuilder(tags)
     for index, segment in enumerate(segments):
         pause_s = SEGMENT_PAUSE_S if index + 1 < len(segments) else 0.0
@@ -137,14 +140,16 @@ class _PlanBuilder:
     def _add_stretch(self, index: int, text: str, stretch: _Stretch, language: str, max_chars: int) -> None:
         pieces = list(split_text(text, stretch.start, stretch.end, language, max_chars))
         voiced = [self._is_speakable(text[piece.start : piece.end]) for piece in pieces]
-        for first, last in _Packer(pieces, voiced, max_chars).groups():
+        packer = _Packer(pieces, voiced, max_chars)
+        for span in _lengthen(text, packer.spans(), packer.short_chars, max_chars, self._is_speakable):
+            spoken = text[span.start : span.end]
             chunk = PlannedChunk(
                 index=len(self._chunks),
-                text=text[pieces[first].start : pieces[last - 1].end],
+                text=spoken,
                 segment_index=index,
                 language=language,
-                pause_after_s=PAUSE_S[pieces[last - 1].behind],
-                speakable=any(voiced[first:last]),
+                pause_after_s=PAUSE_S[span.behind],
+                speakable=self._is_speakable(spoken),
             )
             self._chunks.append(chunk)
         if stretch.pause_s is not None:
@@ -192,6 +197,23 @@ def _speakable_stretches(
     return lead_s, stretches
 
 
+def _lengthen(
+    text: str, spans: Sequence[Piece], short_chars: int, max_chars: int, speakable: Callable[[str], bool]
+) -> list[Piece]:
+    """Let a short span that no whole sentence can join take half of the sentence beside it."""
+    longer: list[Piece] = []
+    for span in spans:
+        parts: tuple[Piece, ...] = ()
+        if longer and min(longer[-1].length, span.length) < short_chars:
+            both = Piece(longer[-1].start, span.end, span.behind)
+            parts = (both,) if both.length <= max_chars else halve(text, both, short_chars, max_chars)
+        if parts and all(speakable(text[part.start : part.end]) for part in parts):
+            longer[-1:] = parts
+        else:
+            longer.append(span)
+    return longer
+
+
 class _Packer:
     """Packs the pieces of one stretch into groups of at most `max_chars`, first come first served,
     then lets groups that are short or silent join or share with a neighbour."""
@@ -200,10 +222,14 @@ class _Packer:
         self._pieces = pieces
         self._voiced = voiced
         self._max_chars = max_chars
-        self._short_chars = min(SHORT_CHUNK_CHARS, max_chars // 4)
+        self.short_chars = min(SHORT_CHUNK_CHARS, max_chars // 4)
 
-    def groups(self) -> list[tuple[int, int]]:
-        """Ranges of pieces that cover all of them, in order."""
+    def spans(self) -> list[Piece]:
+        """The groups as pieces that cover the stretch, in order."""
+        ends = ((self._pieces[first], self._pieces[last - 1]) for first, last in self._groups())
+        return [Piece(first.start, last.end, last.behind) for first, last in ends]
+
+    def _groups(self) -> list[tuple[int, int]]:
         shared: list[tuple[int, int]] = []
         for group in self._packed():
             if shared and (self._is_needy(shared[-1]) or self._is_needy(group)):
@@ -223,7 +249,7 @@ class _Packer:
         """Whether a group may end early: with its paragraph, or before a sentence that is cut anyway."""
         behind = self._pieces[last - 1].behind
         before_cut_sentence = behind is Break.SENTENCE and self._pieces[last].behind < Break.SENTENCE
-        return (behind is Break.PARAGRAPH or before_cut_sentence) and self._length(first, last) >= self._short_chars
+        return (behind is Break.PARAGRAPH or before_cut_sentence) and self._length(first, last) >= self.short_chars
 
     def _share(self, first: int, last: int) -> list[tuple[int, int]]:
         """One group where it fits, else two, cut where neither is silent or short, preferably, and
@@ -240,10 +266,10 @@ class _Packer:
 
     def _cut_quality(self, first: int, cut: int, last: int) -> tuple[bool, Break, int]:
         left, right = self._length(first, cut), self._length(cut, last)
-        return min(left, right) >= self._short_chars, self._pieces[cut - 1].behind, -abs(left - right)
+        return min(left, right) >= self.short_chars, self._pieces[cut - 1].behind, -abs(left - right)
 
     def _is_needy(self, group: tuple[int, int]) -> bool:
-        return self._length(*group) < self._short_chars or not any(self._voiced[group[0] : group[1]])
+        return self._length(*group) < self.short_chars or not any(self._voiced[group[0] : group[1]])
 
     def _length(self, first: int, last: int) -> int:
         return self._pieces[last - 1].end - self._pieces[first].start

@@ -35,6 +35,10 @@ class Piece:
     end: int
     behind: Break
 
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
 
 Splitter = Callable[[str, int, int, int], Iterator[int]]
 """(text, start, end, max_chars) -> the offsets between start and end where it may be cut."""
@@ -51,7 +55,8 @@ _CLAUSE = re.compile(
     r"""|[、，；：。！？｡､।॥،؛؟՝]+[”’」』）】》]*"""
     r"""|[—…]+|(?<=\s)[-–](?=\s)|\n"""
 )
-_WORD = re.compile(r"\[[A-Za-z ]{1,32}\][^\s\[]*\s*|\S+?(?=\[[A-Za-z ]{1,32}\])|\S+\s*")
+_SHORT_END = re.compile(r"(?<!\w)(?:(?P<title>Dr|Mrs?|Ms|Prof|Mme|Mlle|Sra?)|[^\W\d_]|\d{1,3})\.\s*$")
+_WORD = re.compile(r"\[[A-Za-z ]{2,32}\][^\s\[]*\s*|\S+?(?=\[[A-Za-z ]{2,32}\])|\S+\s*")
 _GRAPHEME = regex.compile(r"\X")
 _JOINERS = "\u200c\u200d"
 
@@ -67,11 +72,40 @@ def split_text(text: str, start: int, end: int, language: str, max_chars: int) -
         yield from _fit(text, first, last, behind, max_chars, _SPLITTERS)
 
 
+def halve(text: str, piece: Piece, min_chars: int, max_chars: int) -> tuple[Piece, ...]:
+    """Cut a piece in two at a clause, else between words, and there most evenly; nothing where no cut gives
+    two of min_chars to max_chars."""
+    for between, splitter in _SPLITTERS[:2]:
+        cuts = splitter(text, piece.start, piece.end, max_chars)
+        pairs = [
+            (Piece(*_trim(text, piece.start, cut), between), Piece(*_trim(text, cut, piece.end), piece.behind))
+            for cut in cuts
+        ]
+        fit = [pair for pair in pairs if all(min_chars <= part.length <= max_chars for part in pair)]
+        if fit:
+            return min(fit, key=lambda pair: abs(pair[0].length - pair[1].length))
+    return ()
+
+
 def _sentences(text: str, start: int, end: int, language: str) -> Iterator[tuple[int, int, Break]]:
     for first, last in _paragraphs(text, start, end):
-        cuts = [cut for cut in _sentence_cuts(text, first, last, language) if _is_safe_cut(text, cut)]
-        for sentence_start, sentence_end in itertools.pairwise([first, *cuts, last]):
-            yield sentence_start, sentence_end, Break.PARAGRAPH if sentence_end == last else Break.SENTENCE
+        for cut in _sentence_cuts(text, first, last, language):
+            if _is_safe_cut(text, cut) and not _is_abbreviation(text, first, cut):
+                yield first, cut, Break.SENTENCE
+                first = cut
+        yield first, last, Break.PARAGRAPH
+
+
+def _is_abbreviation(text: str, start: int, cut: int) -> bool:
+    """Whether what sentencex takes for the sentence `text[start:cut]` ends in a shortened word or is the
+    number of an item: a title, "2." or "M." alone, or a single letter's stop before a small one ("i. e. so")."""
+    near = max(start, cut - 8)
+    match = _SHORT_END.search(text, near, cut)
+    if match is None:
+        return False
+    is_alone = near == start and not text[start : match.start()].strip()
+    is_before_small = match[0][0].isalpha() and text[cut : cut + 1].islower()
+    return match["title"] is not None or is_alone or is_before_small
 
 
 def _paragraphs(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -130,8 +164,11 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _clause_cuts(text: str, start: int, end: int, _max_chars: int) -> Iterator[int]:
-    cuts = (match.end() for match in _CLAUSE.finditer(text, start, end))
-    return (cut for cut in cuts if cut < end and _is_safe_cut(text, cut))
+    for match in _CLAUSE.finditer(text, start, end):
+        cut = match.end()
+        is_wrapped = match[0] == "\n" and text[cut : cut + 1].islower()  # a line of prose that was too long
+        if cut < end and _is_safe_cut(text, cut) and not is_wrapped:
+            yield cut
 
 
 def _word_cuts(text: str, start: int, end: int, _max_chars: int) -> Iterator[int]:

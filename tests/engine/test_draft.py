@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
@@ -247,9 +248,39 @@ def test_a_stream_carries_what_speak_gives(engine: DraftEngine) -> None:
     assert (last.speech.chunks, last.speech.warnings) == (whole.chunks, whole.warnings)
 
 
-def test_a_stream_refuses_a_bad_request_before_its_first_piece(engine: DraftEngine) -> None:
-    with pytest.raises(SpeechError):
-        engine.stream(SpeechRequest(text=SENTENCE, language="xx"))
+def test_a_stream_refuses_a_bad_request_in_place_of_its_first_piece(engine: DraftEngine) -> None:
+    with pytest.raises(SpeechError) as caught:
+        next(engine.stream(SpeechRequest(text=SENTENCE, language="xx")))
+    assert caught.value.code == "language_unsupported"
+
+
+def test_closing_a_stream_ends_its_work(engine: DraftEngine) -> None:
+    stream = engine.stream(SpeechRequest(text=LONG_TEXT * 200))
+    next(stream)
+    stream.close()
+    for thread in engine._streams:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_stream_that_is_not_taken_waits_and_then_goes_on(
+    engine: DraftEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.stream.MAX_AHEAD_S", 20.0)
+    request = SpeechRequest(text=LONG_TEXT * 6)
+    whole = engine.speak(request)
+    stream = engine.stream(request)
+    while not stream.is_far_ahead:
+        pass
+    time.sleep(0.3)
+    assert stream._ahead_s < 60.0 < whole.duration_s
+    assert np.array_equal(np.concatenate([piece.waveform for piece in stream]), whole.waveform)
+
+
+def test_words_are_said_as_the_request_says_they_are_pronounced(engine: DraftEngine) -> None:
+    said = engine.speak(SpeechRequest(text="We use SQL here.", pronunciations={"SQL": "sequel"}))
+    assert np.array_equal(said.waveform, engine.speak(SpeechRequest(text="We use sequel here.")).waveform)
+    assert said.chunks[0].text == "We use SQL here."
 
 
 @pytest.mark.parametrize("rate_hz", [16_000, 24_000, 44_100])
@@ -300,12 +331,13 @@ def test_a_failed_request_does_not_harm_the_one_beside_it(engine: DraftEngine) -
 def test_closing_gives_up_what_waits_and_takes_no_more() -> None:
     engine = DraftEngine.load(UNMARKED)
     futures = [engine.submit(SpeechRequest(text=LONG_TEXT * 30)) for _ in range(5)]
-    stream = engine.stream(SpeechRequest(text=SENTENCE))
+    stream = engine.stream(SpeechRequest(text=LONG_TEXT * 300))
+    next(stream)
     engine.close()
     assert all(future.done() for future in futures)
     error = futures[-1].exception()
     assert isinstance(error, SpeechError) and error.code == "cancelled"
-    for late in (lambda: engine.submit(SpeechRequest(text=SENTENCE)), lambda: next(stream)):
+    for late in (lambda: engine.submit(SpeechRequest(text=SENTENCE)), lambda: list(stream)):
         with pytest.raises(SpeechError) as caught:
             late()
         assert caught.value.code == "cancelled"
