@@ -7,7 +7,11 @@
 Where the platform started this process, it takes jobs until it is told to stop. Elsewhere it runs one
 job through the same code, without a key or a network: the audio goes to out/, the result to standard
 output with the audio's path in place of its base64, and a summary to standard error. (The SDK's own
-local run is not used: it prints the whole base64, and reads neither files nor standard input.)
+local run is not used: it prints the whole base64, reads neither files nor standard input, and never
+runs a generator.)
+
+With STREAMING on, jobs are answered in pieces (`jobs.streaming`) instead of with one result; a local
+run writes them to the file as they come.
 """
 
 from __future__ import annotations
@@ -22,19 +26,23 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jobs.errors import JobError, error_result
 from jobs.schema import parse_job
 from jobs.settings import Settings, SettingsError, read_settings
+from jobs.streaming import join
 from jobs.worker import BrokenWorker, Worker
 
 DEFAULT_JOB = Path(__file__).resolve().parent / "test_input.json"
 OUT_DIR = Path("out")
 _AUDIO_FIELDS = ("audio", "sample_audio")
 _PLATFORM_VARIABLES = ("RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_REALTIME_PORT")
+_PROGRESS_EVERY_S = 5.0
 _ROOMS = ("handler", "jobs", "engine", "voice_library")
 
 _log = logging.getLogger("handler")
@@ -64,24 +72,57 @@ def serve(settings: Settings) -> None:
     """Load the model, then take jobs through the SDK until it returns."""
     worker = _load_worker(settings)
     runpod = _import_runpod(settings.log_level)
+    sends_progress = bool(os.environ.get("RUNPOD_WEBHOOK_POST_OUTPUT"))
 
     async def handler(job: dict[str, Any]) -> dict[str, Any]:
-        return await worker.run(job)
+        updates = ProgressUpdates(lambda figures: runpod.serverless.progress_update(job, figures))
+        with updates:
+            return await worker.run(job, updates.report if sends_progress else lambda _figures: None)
 
+    served: dict[str, Any] = {"handler": worker.stream} if settings.streaming else {"handler": handler}
+    if settings.streaming and isinstance(worker, BrokenWorker):
+        served["refresh_worker"] = True  # which no piece of a stream can ask for
     try:
-        runpod.serverless.start({"handler": handler, "concurrency_modifier": lambda _current: settings.max_concurrency})
+        runpod.serverless.start(served | {"concurrency_modifier": lambda _current: settings.max_concurrency})
     finally:
         worker.close()
+
+
+class ProgressUpdates:
+    """How far a job is, sent now and then while it runs.
+
+    The SDK sends each update in a thread of its own, and one that arrives after the result would make a finished job
+    look unfinished: so the first waits too, jobs that are soon done send none, and nothing is sent at the very end.
+
+    Args:
+        send: hands figures to the platform.
+        clock: gives seconds.
+    """
+
+    def __init__(self, send: Callable[[dict[str, Any]], None], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._send, self._clock = send, clock
+        self._sent_s = clock()
+        self._is_over = False
+
+    def report(self, figures: dict[str, Any]) -> None:
+        """Send figures, if it is time to."""
+        now_s = self._clock()
+        is_done = figures["chunks_done"] >= figures["chunks"]
+        if not (self._is_over or is_done) and now_s - self._sent_s >= _PROGRESS_EVERY_S:
+            self._sent_s = now_s
+            self._send(figures)
+
+    def __enter__(self) -> ProgressUpdates:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
 
 
 def run_local(source: str, settings: Settings) -> int:
     """Run one job, write its audio to out/ and report it; 1 when the job failed."""
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
         job, result = asyncio.run(_run_once(source, settings))
-        try:
-            result = _audio_to_files(result, _file_stem(job))
-        except OSError as error:
-            result = error_result(JobError("storage_failed", f"the audio cannot be written to {OUT_DIR}/: {error}"))
     print(json.dumps(result, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8"))
     print(_summary(job, result), file=sys.stderr)
     return 1 if "error" in result else 0
@@ -95,7 +136,15 @@ async def _run_once(source: str, settings: Settings) -> tuple[dict[str, Any], di
     except Exception as error:
         return {}, error_result(error)
     with contextlib.closing(worker):
-        return job, await worker.run(job)
+        try:
+            if settings.streaming:
+                return job, await _stream_to_file(worker.stream(job), _file_stem(job))
+            return job, _audio_to_files(await worker.run(job), _file_stem(job))
+        except JobError as error:
+            return job, error_result(error)
+        except OSError as error:
+            message = f"the audio cannot be written to {OUT_DIR}/: {error}"
+            return job, error_result(JobError("storage_failed", message))
 
 
 def read_job(source: str) -> dict[str, Any]:
@@ -192,12 +241,42 @@ def _audio_to_files(result: Mapping[str, Any], stem: str) -> dict[str, Any]:
     return replaced
 
 
+async def _stream_to_file(pieces: AsyncGenerator[dict[str, Any], None], stem: str) -> dict[str, Any]:
+    """The result that pieces make, with the audio written to out/ as it comes and replaced by the file's path.
+
+    Raises:
+        JobError: what the stream ends with.
+    """
+    result: dict[str, Any] = {}
+    file: BinaryIO | None = None
+    async with contextlib.aclosing(pieces), contextlib.AsyncExitStack() as files:
+        async for piece in pieces:
+            if "error" in piece:
+                error = json.loads(piece["error"])
+                raise JobError(error["error_code"], error["error"], error["field"])
+            if piece.get("audio") and file is None:
+                path = OUT_DIR / f"{stem}.{piece['format']}"
+                file = files.enter_context(_replacing(path))
+                result["audio"] = str(path)
+            if file is not None:
+                file.write(base64.b64decode(piece["audio"]))
+            join(result, piece)
+    return result
+
+
 def _write_atomically(path: Path, data: bytes) -> None:
+    with _replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes its name and its predecessor's place when it is whole; nothing is left of another."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         temporary = Path(file.name)
         try:
-            file.write(data)
+            yield file  # type: ignore[misc]
             file.flush()
             os.fsync(file.fileno())
             temporary.chmod(0o644)

@@ -176,7 +176,7 @@ class Core:
             case _Do(work):
                 work()
             case _Close(drain):
-                self._is_closing = True
+                self._is_closing = self._rendering.is_draining = True
                 for serving in [] if drain else list(self._served.values()):
                     self._fail(serving.utterance, SpeechError("cancelled", "the engine was closed"))
 

@@ -32,7 +32,7 @@ from engine.device import DevicePlan
 from engine.errors import SpeechError
 from engine.hub import Progress
 from engine.intake import Intake
-from engine.keeping import Keeper
+from engine.keeping import Keeper, KeepPool
 from engine.kernels import compile_kernels
 from engine.listening import Listener
 from engine.machine import available_memory
@@ -125,7 +125,9 @@ class Engine:
         self._intake_pool = ThreadPoolExecutor(2, "intake")
         self._listening_pool = ThreadPoolExecutor(1, "listening")  # an hour's recording keeps no text waiting
         self._finish_pool = ThreadPoolExecutor(2, "finish")
-        self._keep_pool = ThreadPoolExecutor(8, "keep")  # waits for a store, which may be across a network
+        # These wait for a store, which may be across a network and hang: nobody else's work waits in them.
+        self._resume_pool = ThreadPoolExecutor(4, "resume")
+        self._keep_pool = KeepPool()
         self._core = Core(
             self._spec,
             decoder,
@@ -217,7 +219,8 @@ class Engine:
         stream = SpeechStream(future, self._core.look)
         keeper = None if work is None else Keeper(work, self._keep_pool, self._made_by)
         accept = functools.partial(self._intake.accept, request, is_early=early, keeper=keeper)
-        self._start(self._intake_pool, accept, future, stream, keeper)
+        pool = self._intake_pool if keeper is None else self._resume_pool
+        self._start(pool, accept, future, stream, keeper)
         return stream
 
     def submit_conversion(self, request: ConversionRequest) -> Future[Speech]:
@@ -306,6 +309,7 @@ class Engine:
             marking,
             stream,
             self._finish_pool,
+            on_taken=self._core.look,
             model=self.model,
             warnings=self._plan.warnings,
         )
@@ -391,9 +395,10 @@ class Engine:
         self._is_closed, self._is_abandoned = True, not drain
         self._intake_pool.shutdown(wait=True, cancel_futures=False)
         self._listening_pool.shutdown(wait=True, cancel_futures=False)
+        self._resume_pool.shutdown(wait=drain, cancel_futures=False)
         self._core.close(drain=drain)
         self._finish_pool.shutdown(wait=True)
-        self._keep_pool.shutdown(wait=True)
+        self._keep_pool.close()
 
     def __enter__(self) -> Engine:
         return self

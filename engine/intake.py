@@ -6,9 +6,11 @@ All that can be wrong with a request is found here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from engine import guard
@@ -16,8 +18,7 @@ from engine.errors import SpeechError
 from engine.keeping import Keeper
 from engine.models import ModelSpec
 from engine.t3.sampling import SamplingSettings
-from engine.text import PlannedChunk, TextFrontEnd
-from engine.text.lexicon import Lexicon
+from engine.text import Lexicon, PlannedChunk, TextFrontEnd, is_speakable
 from engine.types import PARAMETERS, Conditionals, IntArray, Speech, SpeechRequest, Voice, VoicePrompt
 from engine.utterance import ChunkWork, Utterance, chunk_seeds
 from engine.voices import ConditionalsCache, check_voice
@@ -78,14 +79,14 @@ class Intake:
         """
         started = time.perf_counter()
         segments = request.all_segments
+        lexicon = Lexicon(request.pronunciations)
         planned = self.text.plan(segments, language=request.language, max_chars=self._max_chunk_chars)
-        planned = [chunk for chunk in planned if chunk.speakable]
+        planned = only_spoken(planned, lambda text: is_speakable(lexicon.apply(text), self.text.tags))
         if not planned:
             raise SpeechError("text_empty", "the text holds nothing that can be spoken", "text")
         seed = request.known_seed
         seeds = chunk_seeds(seed, [chunk.text for chunk in planned])
         voices = [self.resolve(segment.voice or request.voice) for segment in segments]
-        lexicon = Lexicon(request.pronunciations)
         chunks = [
             self._make_chunk(chunk, lexicon, chunk_seed, voices[chunk.segment_index], request.max_new_tokens)
             for chunk, chunk_seed in zip(planned, seeds, strict=True)
@@ -178,3 +179,19 @@ class Intake:
             for name in PARAMETERS
             if getattr(request, name) is not None and name not in self.spec.parameters
         ]
+
+
+def only_spoken(planned: Sequence[PlannedChunk], has_sound: Callable[[str], bool]) -> list[PlannedChunk]:
+    """The chunks in which there is something to say; the pauses of the others stay, with the chunk beside them."""
+    kept: list[PlannedChunk] = []
+    lead_s = 0.0
+    for chunk in planned:
+        if chunk.speakable and has_sound(chunk.text):
+            kept.append(dataclasses.replace(chunk, pause_before_s=chunk.pause_before_s + lead_s))
+            lead_s = 0.0
+        elif kept:
+            pause_s = kept[-1].pause_after_s + chunk.pause_before_s + chunk.pause_after_s
+            kept[-1] = dataclasses.replace(kept[-1], pause_after_s=pause_s)
+        else:
+            lead_s += chunk.pause_before_s + chunk.pause_after_s
+    return kept

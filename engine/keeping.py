@@ -12,8 +12,9 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import soundfile
@@ -28,6 +29,9 @@ from engine.work import WorkStore
 
 FORMAT = "1"
 """Of the keys and of what lies under them; a change of the guard that keeps other attempts counts as one."""
+MOST_WAITING_TO_BE_KEPT = 256
+"""Chunks and passes, of up to 2 MB."""
+CLOSE_WITHIN_S = 20.0
 _STEPS = 2**23
 """Of full scale, in 24 bits."""
 _DIGEST_BYTES = 16
@@ -35,23 +39,60 @@ _DIGEST_BYTES = 16
 _log = logging.getLogger(__name__)
 
 
+class KeepPool:
+    """Threads that wait for a store. What is to be kept is dropped where too much waits already: a store that hangs
+    must neither fill the memory nor hold up the end of the process."""
+
+    def __init__(self) -> None:
+        self._readers, self._writers = ThreadPoolExecutor(8, "look-up"), ThreadPoolExecutor(4, "keep")
+        self._places = threading.Semaphore(MOST_WAITING_TO_BE_KEPT)
+        self._waiting: set[Future[None]] = set()
+
+    def read(self, work: Callable[[], None]) -> None:
+        """Do something that waits for the store."""
+        self._readers.submit(work)
+
+    def read_all(self, read: Callable[[str], bytes | None], keys: Sequence[str]) -> Iterator[bytes | None]:
+        """Read many, in their order."""
+        return self._readers.map(read, keys)
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Keep something, if there is room for it; returns at once."""
+        if not self._places.acquire(blocking=False):
+            _log.warning("the work store is too slow: something was not kept")
+            return
+        future = self._writers.submit(work)
+        self._waiting.add(future)
+        future.add_done_callback(self._done)
+
+    def _done(self, future: Future[None]) -> None:
+        self._places.release()
+        self._waiting.discard(future)
+
+    def close(self) -> None:
+        """Let what is being kept come to its end, within bounds."""
+        wait(set(self._waiting), timeout=CLOSE_WITHIN_S)
+        for pool in (self._readers, self._writers):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 class Keeper:
     """Thread-safe. What the store holds and cannot be read counts as not there.
 
     Args:
         store: where.
-        pool: writes there.
+        pool: waits for it.
         made_by: checkpoint, preprocessing and number formats: what gives the same result from the same input.
     """
 
-    def __init__(self, store: WorkStore, pool: Executor, made_by: str) -> None:
+    def __init__(self, store: WorkStore, pool: KeepPool, made_by: str) -> None:
         self._store, self._pool, self._made_by = store, pool, made_by
 
     def load_tokens(self, chunks: Sequence[ChunkWork], settings: SamplingSettings, exaggeration: float | None) -> None:
         """Fill in the chunks that were spoken before, and give all of them their keys."""
         for chunk in chunks:
             chunk.kept_as = self._tokens_key(chunk, settings, exaggeration)
-        for chunk, data in zip(chunks, self._pool.map(self._get, [c.kept_as for c in chunks]), strict=True):
+        for chunk, data in zip(chunks, self._pool.read_all(self._get, [c.kept_as for c in chunks]), strict=True):
             if data is not None:
                 _restore(chunk, data)
 
@@ -59,11 +100,11 @@ class Keeper:
         """Keep a chunk that is done; returns at once."""
         about = {"attempts": chunk.attempts, "flags": list(chunk.flags)}
         data = serialization.to_bytes({"tokens": chunk.spoken_tokens}, about)
-        self._pool.submit(self._put, chunk.kept_as, data)
+        self._pool.write(lambda: self._put(chunk.kept_as, data))
 
     def look_for_audio(self, key: str, found: Callable[[Tensor | None], None]) -> None:
         """Fetch a pass's audio, float32 (samples,) on the host, for `found`, in a thread of the pool."""
-        self._pool.submit(lambda: found(self._load_audio(key)))
+        self._pool.read(lambda: found(self._load_audio(key)))
 
     def _load_audio(self, key: str) -> Tensor | None:
         try:
@@ -75,7 +116,7 @@ class Keeper:
 
     def save_audio(self, key: str, waveform: Tensor) -> None:
         """Keep a pass's audio, which is on the grid of `to_24_bits`; returns at once."""
-        self._pool.submit(lambda: self._put(key, _to_flac(waveform.cpu().numpy())))
+        self._pool.write(lambda: self._put(key, _to_flac(waveform.cpu().numpy())))
 
     def audio_key(self, voice_key: str, tokens: IntArray, seed: int) -> str:
         """Of a pass."""
@@ -98,10 +139,17 @@ class Keeper:
         return f"{kind}/{hashlib.blake2b(content, digest_size=20).hexdigest()}"
 
     def _put(self, key: str, data: bytes) -> None:
-        self._store.put(key, _digest(data) + data)
+        try:
+            self._store.put(key, _digest(data) + data)
+        except Exception:  # a favour and never a condition
+            _log.exception("%s could not be kept", key)
 
     def _get(self, key: str) -> bytes | None:
-        data = self._store.get(key)
+        try:
+            data = self._store.get(key)
+        except Exception:
+            _log.exception("%s could not be read: its work is done again", key)
+            return None
         if data is None or data[:_DIGEST_BYTES] == _digest(data[_DIGEST_BYTES:]):
             return data and data[_DIGEST_BYTES:]
         _log.warning("%s is damaged: its work is done again", key)

@@ -22,6 +22,9 @@ from engine.stream import SpeechStream
 from engine.types import SAMPLE_RATE, UNVERIFIED_MARK, Chunk, FloatArray, Speech
 from engine.utterance import Utterance, as_speech_error, fail, rounded, succeed
 
+MOST_QUEUED_S = 60.0
+"""Audio that may wait here for its mark before a stream's renderer waits too."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -44,7 +47,8 @@ class Outlet:
         joiner: puts its chunks together.
         marking: puts the watermark in; None where the configuration turned it off.
         stream: gets the audio as it becomes final; None to keep it for the result.
-        pool: does the work.
+        pool: does the work, one thing of each utterance in turn.
+        on_taken: called when a stream that was far ahead may be so no more.
         model: name of the model that speaks.
         warnings: what the result has to say beside the utterance's own.
     """
@@ -57,21 +61,26 @@ class Outlet:
         stream: SpeechStream | None,
         pool: Executor,
         *,
+        on_taken: Callable[[], None],
         model: str,
         warnings: tuple[str, ...] = (),
     ) -> None:
         self._utterance, self._joiner, self._marking, self._stream = utterance, joiner, marking, stream
-        self._pool, self._model, self._warnings = pool, model, warnings
+        self._pool, self._on_taken, self._model, self._warnings = pool, on_taken, model, warnings
         self._kept: list[FloatArray] = []
         self._to_do: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._is_running = False
+        self._queued_s = 0.0
 
     # ------------------------------------------------------------------------------ the engine's thread
 
     def put(self, rendered: Rendered) -> None:
         """Give the next audio; returns at once."""
-        self._do(lambda: self._take(rendered))
+        seconds = len(rendered.waveform) / SAMPLE_RATE
+        with self._lock:
+            self._queued_s += seconds
+        self._do(lambda: self._take(rendered, seconds))
 
     def end(self) -> None:
         """All was given; returns at once."""
@@ -80,7 +89,7 @@ class Outlet:
     @property
     def is_far_ahead(self) -> bool:
         """Whether whoever takes the audio has so much before them that more should wait."""
-        return self._stream is not None and self._stream.is_far_ahead
+        return self._stream is not None and (self._queued_s > MOST_QUEUED_S or self._stream.is_far_ahead)
 
     # ------------------------------------------------------------------------------ the pool's threads
 
@@ -93,14 +102,16 @@ class Outlet:
         self._pool.submit(self._run)
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                if not self._to_do:
-                    self._is_running = False
-                    return
-                work = self._to_do.popleft()
-            if not self._utterance.future.done():
-                self._try(work)
+        """One thing, and then whatever else the pool has to do before the next."""
+        with self._lock:
+            work = self._to_do.popleft()
+        if not self._utterance.future.done():
+            self._try(work)
+        with self._lock:
+            self._is_running = bool(self._to_do)
+            if not self._is_running:
+                return
+        self._pool.submit(self._run)
 
     def _try(self, work: Callable[[], None]) -> None:
         started = time.perf_counter()
@@ -110,8 +121,13 @@ class Outlet:
             fail(self._utterance, as_speech_error(error))
         self._utterance.add_time("master", time.perf_counter() - started)
 
-    def _take(self, rendered: Rendered) -> None:
+    def _take(self, rendered: Rendered, seconds: float) -> None:
         self._give(self._joiner.push(rendered.waveform, is_end=rendered.is_end))
+        was_far_ahead = self.is_far_ahead
+        with self._lock:
+            self._queued_s -= seconds
+        if was_far_ahead and not self.is_far_ahead:
+            self._on_taken()
 
     def _give(self, joined: Tensor) -> None:
         audio: FloatArray = joined.cpu().numpy()

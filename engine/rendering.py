@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine import early
 from engine.early import EarlyPass, Group
+from engine.errors import SpeechError
 from engine.keeping import Keeper, to_24_bits
 from engine.models import SPEECH_TOKEN_RATE, ModelSpec
 from engine.outlet import Outlet, Rendered
@@ -28,6 +30,8 @@ from engine.types import SAMPLE_RATE, IntArray
 from engine.utterance import Utterance
 from engine.voices import PreparedVoices
 
+MOST_BEFORE_TURN = 64
+"""How many passes before its turn a pass is rendered at most: what waits for its turn lies in memory."""
 MOST_LOADING = 2
 """Passes of an utterance that are fetched at once from where they were kept: more would only lie in memory."""
 
@@ -116,6 +120,7 @@ class Rendering:
         self._pool = ThreadPoolExecutor(1, "renderer") if beside else None
         self._is_rendering = False
         self._num_turns = 0
+        self.is_draining = False  # then nothing waits to be taken
 
     def add(self, serving: Serving) -> None:
         """Begin with an utterance; what has its tokens already, as a recording has, is rendered at once."""
@@ -129,8 +134,10 @@ class Rendering:
     def take_decoded(self, serving: Serving, number: int) -> None:
         """A chunk is decoded."""
         utterance = serving.utterance
-        if serving.keeper is not None:
-            serving.keeper.save_tokens(utterance.chunks[number])
+        chunk = utterance.chunks[number]
+        was_cut_short = chunk.num_given and chunk.flags  # heard already, so it was not tried again
+        if serving.keeper is not None and not was_cut_short:
+            serving.keeper.save_tokens(chunk)
         if serving.early is None and utterance.is_pass_decoded(index := utterance.pass_of(number)):
             self._ready.append((serving, index))
 
@@ -155,7 +162,11 @@ class Rendering:
     def _is_wanted(self, serving: Serving, index: int) -> bool:
         """Whether a pass that is ready may be rendered now."""
         is_asked_for = serving.keeper is None or index in serving.looked_for or serving.num_loading < MOST_LOADING
-        return is_asked_for and not serving.outlet.is_far_ahead
+        is_near = index < serving.num_given + MOST_BEFORE_TURN
+        return is_asked_for and is_near and not self._is_far_ahead(serving)
+
+    def _is_far_ahead(self, serving: Serving) -> bool:
+        return not self.is_draining and serving.outlet.is_far_ahead
 
     def render(self) -> None:
         """Start on passes that are decoded: here, or in the renderer's own thread when it is free."""
@@ -203,9 +214,13 @@ class Rendering:
         heard = [(serving, serving.early) for serving in self._early if serving.early is not None]
         for serving, state in sorted(heard, key=lambda pair: pair[1].num_renderings):
             group = early.next_group(serving.utterance, state, self._spec)
-            if most <= 0 or group is None or serving.outlet.is_far_ahead:
+            if most <= 0 or group is None or self._is_far_ahead(serving):
                 continue
-            request = self._pass(serving.utterance, state.index, group.tokens)
+            try:
+                request = self._pass(serving.utterance, state.index, group.tokens)
+            except Exception as error:  # a voice that cannot be prepared harms no other
+                self._fail(serving, error)
+                continue
             work.append(_PassWork(serving, state.index, request, group, state.heard))
             most -= request.num_frames
         return work
@@ -319,6 +334,9 @@ class Rendering:
 
     def _take_rendered(self, serving: Serving, work: _PassWork, audio: Tensor) -> None:
         if serving.keeper is not None:
+            if not bool(torch.isfinite(audio).all()):  # before it is kept, where it would be silence
+                self._fail(serving, SpeechError("generation_failed", "the model gave numbers that are not finite"))
+                return
             audio = to_24_bits(audio)
             serving.keeper.save_audio(self._audio_key(serving.keeper, work), audio)
         self._take_pass(serving, work.index, audio)

@@ -7,6 +7,7 @@ any time, frees what it holds. Closing the stream does that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -81,13 +82,14 @@ class SpeechStream:
         loop = asyncio.get_running_loop()
         news = asyncio.Event()
         with self._changed:
-            self._waiting = lambda: loop.call_soon_threadsafe(news.set)
+            self._waiting = lambda: _tell(loop, news)
             if self._has_news():
                 news.set()
         try:
             await news.wait()
         finally:
-            self._waiting = None
+            with self._changed:
+                self._waiting = None
         piece = self._take()
         if piece is None:
             raise StopAsyncIteration
@@ -146,3 +148,8 @@ class SpeechStream:
         num_chunks = len(speech.chunks)
         nothing = np.zeros(0, np.float32)
         return SpeechPiece(self._num_pieces, nothing, speech.sample_rate, True, num_chunks, num_chunks, speech)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+        loop.call_soon_threadsafe(news.set)

@@ -6,8 +6,9 @@ Made by the front end (text planned, voices resolved), then owned by the engine'
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -158,6 +159,7 @@ class Utterance:
     timings: dict[str, float] = field(default_factory=dict)
     is_early: bool = False
     submitted_s: float = field(default_factory=time.perf_counter)
+    settling: threading.RLock = field(default_factory=threading.RLock)
     passes: tuple[range, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -212,15 +214,20 @@ def as_speech_error(error: BaseException) -> SpeechError:
 
 
 def fail(utterance: Utterance, error: BaseException) -> None:
-    """End a request with an error, unless it was cancelled."""
-    if utterance.future.set_running_or_notify_cancel():
-        utterance.future.set_exception(error)
+    """End a request with an error, unless it has ended."""
+    _settle(utterance, lambda future: future.set_exception(error))
 
 
 def succeed(utterance: Utterance, speech: Speech) -> None:
-    """End a request with its audio, unless it was cancelled."""
-    if utterance.future.set_running_or_notify_cancel():
-        utterance.future.set_result(speech)
+    """End a request with its audio, unless it has ended."""
+    _settle(utterance, lambda future: future.set_result(speech))
+
+
+def _settle(utterance: Utterance, settle: Callable[[Future[Speech]], None]) -> None:
+    """Several threads may end a request; the first does."""
+    with utterance.settling:
+        if not utterance.future.done() and utterance.future.set_running_or_notify_cancel():
+            settle(utterance.future)
 
 
 def rounded(timings: Mapping[str, float]) -> dict[str, float]:

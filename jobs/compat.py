@@ -31,7 +31,7 @@ OPERATION_FIELD_ALIASES: Mapping[str, Mapping[str, str]] = {
 
 IGNORED_FIELDS: Mapping[str, str] = {
     "speed": "the model sets its own pace",
-    "streaming": "this worker does not stream; the whole audio is returned",
+    "streaming": "whether a worker streams is set where it is deployed (STREAMING)",
     "chunk_size": "the worker plans its own chunks",
     "context_window": "the worker plans its own chunks",
     "fade_duration": "the worker joins its own chunks",
@@ -46,8 +46,6 @@ IGNORED_FIELDS: Mapping[str, str] = {
 }
 
 UNSERVED_FIELDS: Mapping[str, str] = {
-    "segments": "this worker speaks one text per job; send `text`",
-    "subtitles": "this worker does not write subtitles; the result's chunks carry their times",
     "idempotency_key": "this worker keeps no results between jobs",
 }
 

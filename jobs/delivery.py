@@ -16,10 +16,12 @@ from typing import Any
 from engine.audio import mastering
 from engine.types import FloatArray, Speech
 from jobs.errors import JobError
-from jobs.schema import AudioInput
+from jobs.schema import AudioInput, SpeechInput
 
 _LOUDNESS_TOLERANCE_LU = 0.5
 _WAV_SAMPLE_BYTES = 2
+_MAX_WAV_BYTES = 2**32 - 2**16  # its sizes have 32 bits, and it holds more than its samples
+_BASE64_FIELDS = ("audio", "sample_audio")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Encoded:
         duration_s: seconds of audio.
         master_s, encode_s: what loudness and rate took, and what the format took, seconds.
         warnings: what could not be done as asked.
+        first_audio_s: when there was something to hear, seconds of the job; None for all at once, at its end.
     """
 
     audio_base64: str
@@ -42,29 +45,32 @@ class Encoded:
     master_s: float
     encode_s: float
     warnings: tuple[str, ...] = ()
+    first_audio_s: float | None = None
 
 
-def check_output(request: AudioInput, model_rate: int) -> None:
+def check_output(request: AudioInput, model_rate: int, *, streams: bool = False) -> None:
     """Refuse an output that cannot be made, before anything is spent on it.
 
     Args:
         request: the job.
         model_rate: Hz of the model's own waveforms, the default of `sample_rate`.
+        streams: whether the answer is a stream, which may be pcm.
 
     Raises:
-        SpeechError: invalid_request, for a sample rate that the format does not have.
+        SpeechError: invalid_request, for a sample rate that the format does not have, and pcm as a file.
     """
-    mastering.check_format(request.output_format, request.sample_rate or model_rate)
+    formats = mastering.STREAM_FORMATS if streams else mastering.FORMATS
+    mastering.check_format(request.output_format, request.sample_rate or model_rate, formats)
 
 
 def encode(speech: Speech, request: AudioInput) -> Encoded:
     """Master and encode an utterance as the job asked. Blocks: call it in a thread."""
     started_s = time.perf_counter()
-    waveform, warnings = _normalized(speech, request)
     sample_rate = request.sample_rate or speech.sample_rate
-    waveform = mastering.resample(waveform, speech.sample_rate, sample_rate)
+    waveform = mastering.resample(speech.waveform, speech.sample_rate, sample_rate)
+    waveform, warnings = _normalized(waveform, sample_rate, Level.of(request))  # last: a new rate has new peaks
     mastered_s = time.perf_counter()
-    data = mastering.encode(waveform, sample_rate, request.output_format)
+    data = _file(waveform, sample_rate, request)
     audio = base64.b64encode(data).decode("ascii")
     return Encoded(
         audio_base64=audio,
@@ -77,17 +83,44 @@ def encode(speech: Speech, request: AudioInput) -> Encoded:
     )
 
 
-def _normalized(speech: Speech, request: AudioInput) -> tuple[FloatArray, tuple[str, ...]]:
-    implied = "none" if request.loudness_lufs is None else "loudness"
-    mode = request.audio_normalization or implied
-    if mode != "loudness":
-        return mastering.normalize(speech.waveform, speech.sample_rate, mode), ()
-    target = mastering.DEFAULT_LUFS if request.loudness_lufs is None else request.loudness_lufs
-    waveform = mastering.normalize(speech.waveform, speech.sample_rate, mode, loudness_lufs=target)
-    reached = mastering.measure_lufs(waveform, speech.sample_rate)
-    if reached >= target - _LOUDNESS_TOLERANCE_LU:
+def _file(waveform: FloatArray, sample_rate: int, request: AudioInput) -> bytes:
+    if request.output_format == "pcm":
+        encoder = mastering.StreamEncoder(sample_rate, "pcm")
+        return encoder.push(waveform) + encoder.finish()
+    title = request.title if isinstance(request, SpeechInput) else None
+    return mastering.encode(waveform, sample_rate, request.output_format, title=title)
+
+
+@dataclass(frozen=True)
+class Level:
+    """The level that a job asks for.
+
+    Args:
+        mode: a name of `engine.audio.mastering.NORMALIZATIONS`.
+        lufs: target of mode "loudness".
+    """
+
+    mode: str
+    lufs: float
+
+    @classmethod
+    def of(cls, request: AudioInput) -> Level:
+        implied = "none" if request.loudness_lufs is None else "loudness"
+        lufs = mastering.DEFAULT_LUFS if request.loudness_lufs is None else request.loudness_lufs
+        return cls(request.audio_normalization or implied, lufs)
+
+    def warnings(self, reached_lufs: float | None) -> tuple[str, ...]:
+        """What to say of the loudness that was reached; None where none was asked for."""
+        if reached_lufs is None or reached_lufs >= self.lufs - _LOUDNESS_TOLERANCE_LU:
+            return ()
+        return (f"loudness {self.lufs:g} LUFS would clip; the audio has {reached_lufs:.1f} LUFS",)
+
+
+def _normalized(waveform: FloatArray, sample_rate: int, level: Level) -> tuple[FloatArray, tuple[str, ...]]:
+    waveform = mastering.normalize(waveform, sample_rate, level.mode, loudness_lufs=level.lufs)
+    if level.mode != "loudness":
         return waveform, ()
-    return waveform, (f"loudness {target:g} LUFS would clip; the audio has {reached:.1f} LUFS",)
+    return waveform, level.warnings(mastering.measure_lufs(waveform, sample_rate))
 
 
 def check_result(result: Mapping[str, Any], max_bytes: int) -> None:
@@ -96,12 +129,16 @@ def check_result(result: Mapping[str, Any], max_bytes: int) -> None:
     Raises:
         JobError: result_too_large, naming the way out.
     """
-    num_bytes = len(json.dumps({"output": result}, ensure_ascii=False, allow_nan=False).encode("utf-8"))
+    audio = {name: value for name, value in result.items() if name in _BASE64_FIELDS}  # as long in JSON as it is
+    rest = json.dumps({"output": {**result, **dict.fromkeys(audio, "")}}, ensure_ascii=False, allow_nan=False)
+    num_bytes = len(rest.encode("utf-8")) + sum(map(len, audio.values()))
     if max_bytes and num_bytes > max_bytes:
-        raise _too_large(num_bytes, max_bytes, result.get("format"))
+        raise _too_large(f"is {num_bytes / 1e6:.1f} MB", max_bytes, result.get("format"))
 
 
-def check_length(duration_s: float, request: AudioInput, model_rate: int, max_bytes: int) -> None:
+def check_length(
+    duration_s: float, request: AudioInput, model_rate: int, max_bytes: int, *, way_out: str | None = None
+) -> None:
     """Refuse audio of known length whose file is surely too large, before it is made.
 
     Only a wav's size (16-bit samples, as base64) is certain; of the others `check_result` decides.
@@ -111,19 +148,39 @@ def check_length(duration_s: float, request: AudioInput, model_rate: int, max_by
         request: the job.
         model_rate: Hz of the model's own waveforms, the default of `sample_rate`.
         max_bytes: of a result, 0 for no limit.
+        way_out: what to tell the client to do; None for what helps in general.
 
     Raises:
         JobError: result_too_large, naming the way out.
     """
-    if request.output_format != "wav":
-        return
-    num_bytes = int(duration_s * (request.sample_rate or model_rate)) * _WAV_SAMPLE_BYTES * 4 // 3
-    if max_bytes and num_bytes > max_bytes:
-        raise _too_large(num_bytes, max_bytes, request.output_format)
+    if request.output_format == "wav":
+        num_bytes = int(duration_s * (request.sample_rate or model_rate)) * _WAV_SAMPLE_BYTES
+        if num_bytes > _MAX_WAV_BYTES:
+            message = "a wav file holds at most 4.3 GB; ask for another output_format"
+            raise JobError("result_too_large", message, "output_format")
+        check_file(num_bytes, "wav", max_bytes, way_out=way_out)
 
 
-def _too_large(num_bytes: int, max_bytes: int, audio_format: str | None) -> JobError:
-    shorten = "send less text, or a shorter recording"
-    way_out = shorten if audio_format == "opus" else f"ask for output_format opus or mp3, or {shorten}"
-    message = f"the result is {num_bytes / 1e6:.1f} MB and at most {max_bytes / 1e6:.1f} MB can be returned; {way_out}"
+def check_file(num_bytes: int, audio_format: str, max_bytes: int, *, way_out: str | None = None) -> None:
+    """Refuse an audio file that is surely too large once it is base64.
+
+    Args:
+        num_bytes: of the file, or of what there is of it so far.
+        audio_format: wav, flac, mp3 or opus.
+        max_bytes: of a result, 0 for no limit.
+        way_out: what to tell the client to do; None for what helps in general.
+
+    Raises:
+        JobError: result_too_large, naming the way out.
+    """
+    num_in_result = num_bytes * 4 // 3
+    if max_bytes and num_in_result > max_bytes:
+        raise _too_large(f"would be over {num_in_result / 1e6:.1f} MB", max_bytes, audio_format, way_out)
+
+
+def _too_large(found: str, max_bytes: int, audio_format: str | None, way_out: str | None = None) -> JobError:
+    if way_out is None:
+        shorten = "send less text, or a shorter recording"
+        way_out = shorten if audio_format == "opus" else f"ask for output_format opus or mp3, or {shorten}"
+    message = f"the result {found} and at most {max_bytes / 1e6:.1f} MB can be returned; {way_out}"
     return JobError("result_too_large", message, "output_format")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import platform
-from typing import Any, get_args
+from typing import Any
 
+from engine.audio.mastering import FORMATS, STREAM_FORMATS
 from jobs.context import JobContext
 from jobs.errors import error_result
-from jobs.schema import INPUT_MODELS, AudioFormat, Info
+from jobs.schema import INPUT_MODELS, Info
 from voice_library.errors import LibraryError
 
 PROJECT = "worker-chatterbox"
@@ -29,7 +30,8 @@ async def run(request: Info, context: JobContext) -> dict[str, Any]:
         "sample_rate": engine.sample_rate,
         "languages": sorted(engine.languages),
         "operations": list(INPUT_MODELS),
-        "output_formats": list(get_args(AudioFormat)),
+        "output_formats": list(FORMATS if context.feed is None else STREAM_FORMATS),
+        "streaming": context.feed is not None,
         "versions": await asyncio.to_thread(versions),
         "limits": context.settings.limits,
         "engine": stats,

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
+from pydantic import BaseModel
+
 from engine.types import FloatArray, Voice, VoicePrompt
 from jobs.context import JobContext
 from jobs.errors import JobError
-from jobs.schema import SpeechInput, Tts, VoiceConversion
+from jobs.schema import SpeechInput, VoiceConversion
 from jobs.settings import Settings
 from jobs.voices import Voices, told_as
 
@@ -28,6 +30,10 @@ BUILT_IN = "built-in"
 REFERENCE = "reference"
 """What a result calls the voice of a recording that has no name."""
 
+RECORDINGS = ("reference_audio", "target_audio")
+"""Fields that hold a recording of a voice."""
+
+_VOICE_FIELDS = (*RECORDINGS, "voice_id", "voice_name")  # beside a recording, a name is what to call its voice
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n\v\f"
@@ -51,20 +57,34 @@ async def resolve_voice(request: SpeechInput | VoiceConversion, context: JobCont
     """Find the voice that a request names, or the deployment's default.
 
     Raises:
+        JobError, SpeechError: as `resolve`.
+    """
+    return await resolve(named_voice(request), context)
+
+
+def named_voice(names: BaseModel) -> tuple[str, str] | None:
+    """The field by which a request (or a segment of one) names a voice, and what it says; None where it names none."""
+    for field in _VOICE_FIELDS:
+        if (wanted := getattr(names, field, None)) is not None:
+            return field, wanted
+    return None
+
+
+async def resolve(named: tuple[str, str] | None, context: JobContext) -> ResolvedVoice:
+    """Find a voice as `named_voice` gives it; None is the deployment's default.
+
+    Raises:
         JobError: voice_not_found, storage_failed, download_refused, reference_unreadable, reference_too_short,
             reference_too_long, reference_silent, invalid_request.
         SpeechError: those of a recording.
     """
-    recorded = "target_audio" if isinstance(request, VoiceConversion) else "reference_audio"
-    if (source := getattr(request, recorded)) is not None:
-        return ResolvedVoice(REFERENCE, await asyncio.to_thread(read_reference, source, recorded, context))
-    if isinstance(request, Tts | VoiceConversion):
-        for field in ("voice_id", "voice_name"):
-            if (wanted := getattr(request, field)) is not None:
-                return await _named(wanted, field, context)
-    if (default := context.settings.default_voice) is not None:
-        return await _default(default, context)
-    return ResolvedVoice(BUILT_IN)
+    if named is None:
+        default = context.settings.default_voice
+        return ResolvedVoice(BUILT_IN) if default is None else await _default(default, context)
+    field, wanted = named
+    if field in RECORDINGS:
+        return ResolvedVoice(REFERENCE, await asyncio.to_thread(read_reference, wanted, field, context))
+    return await _named(wanted, field, context)
 
 
 def library_of(context: JobContext, field: str) -> Voices:

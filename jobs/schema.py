@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from engine.types import MAX_SEED, PARAMETERS
@@ -24,8 +25,15 @@ DEFAULT_OPERATION = "tts"
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 48_000
 MIN_LUFS, MAX_LUFS = -70.0, 0.0
 MAX_LISTED = 1_000
+MAX_SEGMENTS = 10_000
+MAX_SEGMENT_PAUSE_S = 60.0
+MAX_PRONUNCIATIONS = 1_000
+MAX_TITLE_CHARS = 200
 
-AudioFormat = Literal["wav", "flac", "mp3", "opus"]
+AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
+"""pcm is for streams: 16-bit little-endian samples and nothing else."""
+
+SubtitleFormat = Literal["srt", "vtt"]
 Delivery = Literal["auto", "inline", "s3"]
 Normalization = Literal["none", "peak", "rms", "loudness"]
 
@@ -65,7 +73,9 @@ class AudioInput(JobInput):
         "basic or streaming", "`streaming` on a worker that does not stream returns the whole audio"
     )
     seed: int | None = _number(0, MAX_SEED, "The same seed and input give the same audio", integer=True)
-    output_format: AudioFormat = _field("wav, flac, mp3 or opus", "wav, flac, mp3 or opus", default="wav")
+    output_format: AudioFormat = _field(
+        "wav, flac, mp3, opus or pcm", "wav, flac, mp3 or opus; of a stream pcm too, samples alone", default="wav"
+    )
     sample_rate: int | None = _number(
         MIN_SAMPLE_RATE, MAX_SAMPLE_RATE, "Hz of the audio; the default is the model's own rate", integer=True
     )
@@ -94,6 +104,15 @@ class SpeechInput(AudioInput):
     repetition_penalty: float | None = _parameter("repetition_penalty", "Penalty on repeated tokens")
     exaggeration: float | None = _parameter("exaggeration", "Emotion, 0.5 is neutral (original, multilingual)")
     cfg_weight: float | None = _parameter("cfg_weight", "Guidance by the text, 0 is off (original, multilingual)")
+    pronunciations: dict[str, str] | None = _field(
+        f"an object of at most {MAX_PRONUNCIATIONS:,} words, each with what is said in its place",
+        "Words, each with what is said in its place",
+        max_length=MAX_PRONUNCIATIONS,
+    )
+    subtitles: SubtitleFormat | None = _field("srt or vtt", "Give subtitles too, as text")
+    title: str | None = _field(
+        f"text of at most {MAX_TITLE_CHARS} characters", "Title tag of the audio file", max_length=MAX_TITLE_CHARS
+    )
 
 
 class Tts(SpeechInput):
@@ -101,6 +120,34 @@ class Tts(SpeechInput):
 
     operation: Literal["tts"] = "tts"
     text: str = _field("text", "What to say", default=...)
+    voice_id: str | None = _field("an id", "Id of a voice in the library")
+
+
+class LongFormSegment(BaseModel):
+    """A stretch of a long text; what it does not say is as the job says."""
+
+    model_config = JobInput.model_config
+
+    text: str = _field("text", "What to say", default=...)
+    voice_id: str | None = _field("an id", "Id of a voice in the library")
+    voice_name: str | None = _field("a name", "Name of a voice in the library")
+    reference_audio: str | None = _field(
+        "a recording as base64 or data URI", "A recording of the voice: base64 or data URI"
+    )
+    language: str | None = _field("a language code such as en", "ISO 639-1 code")
+    pause_after_s: float | None = _number(0.0, MAX_SEGMENT_PAUSE_S, "Silence behind it, seconds")
+
+
+class LongForm(SpeechInput):
+    """Speak a text of any length, or segments in voices of their own."""
+
+    operation: Literal["long_form"] = "long_form"
+    segments: list[LongFormSegment] | None = _field(
+        f"a list of 1 to {MAX_SEGMENTS:,} objects, each with a text",
+        "Instead of `text`: stretches of text, each in a voice of its own if it names one",
+        min_length=1,
+        max_length=MAX_SEGMENTS,
+    )
     voice_id: str | None = _field("an id", "Id of a voice in the library")
 
 
@@ -184,6 +231,7 @@ class Info(JobInput):
 
 INPUT_MODELS: Mapping[str, type[JobInput]] = {
     "tts": Tts,
+    "long_form": LongForm,
     "voice_clone": VoiceClone,
     "voice_conversion": VoiceConversion,
     "list_voices": ListVoices,
@@ -212,6 +260,8 @@ def parse_job(job: Mapping[str, Any]) -> ParsedJob:
     ours, warnings = adopt({**fields, "operation": operation})
     model = INPUT_MODELS[operation]
     _refuse_unknown(ours, model)
+    if isinstance(given := ours.get("segments"), list):
+        ours["segments"] = [_known_segment(segment, f"segments[{index}].") for index, segment in enumerate(given)]
     _refuse_broken_text(ours)
     try:
         request = model.model_validate(ours)
@@ -248,41 +298,81 @@ def _refuse_unknown(fields: Iterable[str], model: type[JobInput]) -> None:
 
 def _unknown_message(name: str, model: type[JobInput]) -> str:
     operation = model.model_fields["operation"].default
-    if any(name in other.model_fields for other in INPUT_MODELS.values()):
-        return f"{name} is not a field of operation {operation}"
-    known = [*model.model_fields, *FIELD_ALIASES, *IGNORED_FIELDS]
-    nearest = difflib.get_close_matches(_clip(name).lower(), known, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else f"; known fields: {', '.join(model.model_fields)}"
-    return f"unknown field {_brief(name)}{hint}"
+    owners = [owner for owner, other in INPUT_MODELS.items() if name in other.model_fields]
+    if owners:
+        return f"{name} is not a field of operation {operation}, but of {', '.join(owners)}"
+    return f"unknown field {_brief(name)}{_hint(name, model, (*FIELD_ALIASES, *IGNORED_FIELDS))}"
 
 
-def _refuse_broken_text(fields: Mapping[str, Any]) -> None:
+def _hint(name: str, model: type[BaseModel], others: Iterable[str] = ()) -> str:
+    nearest = difflib.get_close_matches(_clip(name).lower(), [*model.model_fields, *others], n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else f"; known fields: {', '.join(model.model_fields)}"
+
+
+def _known_segment(segment: object, place: str) -> object:
+    """A segment without its nulls, which count as not given.
+
+    Raises:
+        JobError: invalid_request, for a name that is no field of a segment.
+    """
+    if not isinstance(segment, dict):
+        return segment
+    given = {name: value for name, value in segment.items() if value is not None}
+    for name in given:
+        if name not in LongFormSegment.model_fields:
+            message = f"unknown field {place}{_clip(name)}{_hint(name, LongFormSegment)}"
+            raise JobError("invalid_request", message, f"{place}{_clip(name)}")
+    _refuse_broken_text(given, place)
+    return given
+
+
+def _refuse_broken_text(fields: Mapping[str, Any], place: str = "") -> None:
     """JSON can carry half a surrogate pair, which no tokenizer, file or result can."""
     for name, value in fields.items():
-        if isinstance(value, str) and not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
+        texts = [value] if isinstance(value, str) else [*value, *value.values()] if isinstance(value, dict) else ()
+        for text in texts:
+            if isinstance(text, str) and not _is_unicode(text):
                 raise JobError(
-                    "invalid_request", f"{name}: holds broken Unicode (half a surrogate pair)", name
-                ) from None
+                    "invalid_request", f"{place}{name}: holds broken Unicode (half a surrogate pair)", f"{place}{name}"
+                )
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first_problem(error: ValidationError, model: type[JobInput]) -> JobError:
     problem: ErrorDetails = error.errors(include_url=False)[0]
-    name = str(problem["loc"][0]) if problem["loc"] else "input"
-    extra = model.model_fields[name].json_schema_extra if name in model.model_fields else None
+    name, field = _place(problem["loc"], model)
+    extra = field.json_schema_extra if field is not None else {"expected": "an object with a text"}
     expected = extra["expected"] if isinstance(extra, dict) else problem["msg"]
     found = "it is missing" if problem["type"] == "missing" else f"got {_brief(problem['input'])}"
     return JobError("invalid_request", f"{name}: expected {expected}, {found}", name)
 
 
+def _place(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, FieldInfo | None]:
+    """A field as a client would write it, such as `segments[3].text`, and its definition; none of a whole segment."""
+    match location:
+        case ("segments", int(index), str(name), *_):
+            return f"segments[{index}].{name}", LongFormSegment.model_fields[name]
+        case ("segments", int(index)):
+            return f"segments[{index}]", None
+        case (str(name), *_):
+            return name, model.model_fields[name]
+    raise AssertionError(location)
+
+
 def _refuse_contradictions(request: JobInput) -> None:
-    if isinstance(request, Tts | VoiceConversion):
-        names = ("voice_id", "voice_name", "reference_audio", "target_audio")
-        given = [name for name in names if getattr(request, name, None) is not None]
-        if len(given) > 1:
-            raise JobError("invalid_request", f"at most one voice may be named, got {' and '.join(given)}", given[1])
+    if isinstance(request, Tts | LongForm | VoiceConversion):
+        _refuse_two_voices(request)
+    if isinstance(request, LongForm):
+        _refuse_long_form_contradictions(request)
     if isinstance(request, VoiceInput) and (request.voice_id is None) == (request.voice_name is None):
         raise JobError("invalid_request", "voice_id: expected a voice_id or a voice_name, one of them", "voice_id")
     if isinstance(request, VoiceClone) and request.save_to_library and request.voice_name is None:
@@ -291,6 +381,21 @@ def _refuse_contradictions(request: JobInput) -> None:
         )
     if isinstance(request, AudioInput):
         _refuse_output_contradictions(request)
+
+
+def _refuse_two_voices(names: BaseModel, place: str = "") -> None:
+    fields = ("voice_id", "voice_name", "reference_audio", "target_audio")
+    given = [f"{place}{field}" for field in fields if getattr(names, field, None) is not None]
+    if len(given) > 1:
+        raise JobError("invalid_request", f"at most one voice may be named, got {' and '.join(given)}", given[1])
+
+
+def _refuse_long_form_contradictions(request: LongForm) -> None:
+    if (request.text is None) == (request.segments is None):
+        found = "both" if request.segments else "neither"
+        raise JobError("invalid_request", f"text: expected a text or segments, one of them, got {found}", "text")
+    for index, segment in enumerate(request.segments or ()):
+        _refuse_two_voices(segment, f"segments[{index}].")
 
 
 def _refuse_output_contradictions(request: AudioInput) -> None:
@@ -308,8 +413,10 @@ def _refuse_output_contradictions(request: AudioInput) -> None:
 
 def _brief(value: object) -> str:
     """A value as a person would write it in JSON, in ASCII and short enough for a message."""
-    if isinstance(value, (dict, list)):
-        return f"an {_json_type(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"an array of {len(value):,} items"
     if isinstance(value, str):
         return json.dumps(_clip(value))
     if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print the largest ones

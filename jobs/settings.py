@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -20,7 +20,7 @@ from engine.models import DRAFT, MODELS
 LOCAL_DEFAULTS: Mapping[str, Any] = {"model": DRAFT, "max_result_bytes": 0, "job_timeout_s": 0.0}
 """What differs in local test mode, where there is no platform to set limits. An explicit setting wins."""
 
-_NOT_YET_USED = ("work_dir", "bucket_name")
+_NOT_YET_USED = ("bucket_name",)
 _USED_WITH_A_BUCKET = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
 
 _UpperCase = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
@@ -55,7 +55,10 @@ class Settings(BaseSettings):
         le=1024,
         description="Jobs one worker takes at a time and decodes together; the rest wait in the endpoint's queue",
     )
-    streaming: bool = Field(default=False, description="Serve streams of pieces. Not built yet: must be off")
+    streaming: bool = Field(
+        default=False,
+        description="Answer every job with pieces on /stream, heard while the rest is made; off: with one result",
+    )
     voices_dir: Path | None = Field(
         default=None, description="Folder of the voice library, such as one on a network volume that all workers share"
     )
@@ -81,16 +84,33 @@ class Settings(BaseSettings):
     max_voices: int | None = Field(
         default=None, ge=1, description="At how many voices saving another is refused; not set for no limit"
     )
-    work_dir: Path | None = Field(default=None, description="Folder for checkpoints of long jobs. Not built yet")
+    work_dir: str | None = Field(
+        default=None,
+        description="Where `long_form` jobs keep what is spoken, so that the same job sent again, to any worker, goes "
+        "on from there: a folder, such as one on a network volume, or s3://bucket/prefix",
+    )
+    work_max_age_h: float = Field(
+        default=72.0, ge=1.0, le=87_600.0, description="After how many hours an entry of WORK_DIR is removed"
+    )
+    work_max_bytes: int = Field(
+        default=20_000_000_000,
+        ge=1_000_000,
+        description="Most that WORK_DIR holds, bytes; the oldest entries are removed first",
+    )
     bucket_endpoint_url: str | None = Field(
-        default=None, description="S3 endpoint of VOICES_URI, where it is not Amazon's"
+        default=None, description="S3 endpoint of VOICES_URI and WORK_DIR, where it is not Amazon's"
     )
     bucket_name: str | None = Field(default=None, description="S3 bucket for results. Not built yet")
     bucket_access_key_id: SecretStr | None = Field(
         default=None, description="S3 access key; not set means what boto3 finds by itself"
     )
     bucket_secret_access_key: SecretStr | None = Field(default=None, description="S3 secret key")
-    max_text_chars: int = Field(default=5_000, ge=1, le=500_000, description="Longest text of a `tts` job, characters")
+    max_text_chars: int = Field(
+        default=5_000, ge=1, le=500_000, description="Longest text of a `tts` or `voice_clone` job, characters"
+    )
+    max_long_form_chars: int = Field(
+        default=500_000, ge=1, le=10_000_000, description="Longest text of a `long_form` job, all segments together"
+    )
     max_reference_bytes: int = Field(
         default=64_000_000, ge=1_000, le=2**31, description="Largest recording, bytes after base64 decoding"
     )
@@ -115,13 +135,6 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], _UpperCase] = Field(
         default="INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL"
     )
-
-    @field_validator("streaming")
-    @classmethod
-    def _not_streaming(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("this version does not stream yet; leave STREAMING off")
-        return value
 
     @model_validator(mode="after")
     def _one_library(self) -> Settings:
@@ -151,7 +164,7 @@ class Settings(BaseSettings):
     @property
     def unused(self) -> list[str]:
         """Variables that are set although this version does not use them yet."""
-        has_bucket = (self.voices_uri or "").startswith("s3:")
+        has_bucket = any((place or "").startswith("s3:") for place in (self.voices_uri, self.work_dir))
         names = _NOT_YET_USED if has_bucket else (*_NOT_YET_USED, *_USED_WITH_A_BUCKET)
         return [name.upper() for name in names if getattr(self, name) is not None]
 
@@ -160,6 +173,7 @@ class Settings(BaseSettings):
         """The limits that a job can run into, as `info` reports them."""
         names = (
             "max_text_chars",
+            "max_long_form_chars",
             "max_reference_bytes",
             "max_reference_s",
             "max_input_s",

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from engine.types import PARAMETERS, Chunk, Speech, SpeechRequest
-from jobs import delivery
+from jobs import delivery, streaming
 from jobs.context import JobContext
 from jobs.errors import JobError
 from jobs.reference import ResolvedVoice
 from jobs.schema import AudioInput, SpeechInput
+from jobs.settings import Settings
+from jobs.subtitles import write_subtitles
 
 NOT_STREAMED = "this worker does not stream; the whole audio is returned"
 
 
-def checked_text(text: str, max_chars: int) -> str:
-    """The text, if there is something in it to say.
+def checked_text(text: str, settings: Settings) -> str:
+    """The text of a job that is spoken in one go, if there is something in it to say.
 
     Raises:
         JobError: text_too_long; text_empty for blanks, emoji and control characters alone.
     """
-    if len(text) > max_chars:
-        raise JobError("text_too_long", f"text: at most {max_chars:,} characters, got {len(text):,}", "text")
+    limit, longer = settings.max_text_chars, settings.max_long_form_chars
+    if len(text) > limit:
+        way_out = f"; operation long_form takes up to {longer:,}" if longer > limit else ""
+        raise JobError("text_too_long", f"text: at most {limit:,} characters, got {len(text):,}{way_out}", "text")
+    return checked_speakable(text)
+
+
+def checked_speakable(text: str) -> str:
+    """The text, if there is something in it to say.
+
+    Raises:
+        JobError: text_empty for blanks, emoji and control characters alone.
+    """
     if not any(character.isalnum() for character in text):
         raise JobError("text_empty", "text: holds nothing that can be spoken", "text")
     return text
@@ -51,15 +64,22 @@ def checked_language(language: str, spoken: Sequence[str]) -> str:
 async def speak(
     request: SpeechInput, text: str, language: str, voice: ResolvedVoice, context: JobContext
 ) -> dict[str, Any]:
-    """Speak `text` and build the result of the job API, audio included.
+    """Speak `text` and build the result of the job API; its audio is in it, or was streamed.
 
     Cancelling the coroutine cancels the engine's work.
 
     Raises:
         JobError, SpeechError: see the job API's codes.
     """
-    spoken = _speech_request(request, text, language, voice)
-    return await answer(request, voice.name, lambda: context.engine.submit(spoken), context)
+    spoken = speech_request(request, language, text=text, voice=voice.spoken)
+    if (feed := context.feed) is None:
+        return await answer(request, voice.name, lambda: context.engine.submit(spoken), context)
+    return await _answer(
+        request,
+        voice.name,
+        lambda: streaming.deliver(context.engine.stream(spoken), request, feed, context),
+        context,
+    )
 
 
 async def answer(
@@ -76,10 +96,44 @@ async def answer(
     Raises:
         JobError, SpeechError: see the job API's codes.
     """
-    delivery.check_output(request, context.engine.sample_rate)
-    condition_s = context.elapsed_s  # reading and decoding the reference is part of what a voice costs
+    return await _answer(request, voice_name, lambda: _whole(start, request), context)
+
+
+async def _whole(start: Callable[[], Future[Speech]], request: AudioInput) -> tuple[Speech, delivery.Encoded]:
     speech = await asyncio.wrap_future(start())
-    encoded = await asyncio.to_thread(delivery.encode, speech, request)
+    return speech, await asyncio.to_thread(delivery.encode, speech, request)
+
+
+async def _answer(
+    request: AudioInput,
+    voice_name: str,
+    make: Callable[[], Awaitable[tuple[Speech, delivery.Encoded]]],
+    context: JobContext,
+) -> dict[str, Any]:
+    delivery.check_output(request, context.engine.sample_rate, streams=context.feed is not None)
+    condition_s = context.elapsed_s  # reading and decoding the reference is part of what a voice costs
+    speech, encoded = await make()
+    return await asyncio.to_thread(result, request, voice_name, speech, encoded, condition_s, context)
+
+
+def result(
+    request: AudioInput,
+    voice_name: str,
+    speech: Speech,
+    encoded: delivery.Encoded,
+    condition_s: float,
+    context: JobContext,
+) -> dict[str, Any]:
+    """The result of the job API.
+
+    Args:
+        request: the job.
+        voice_name: what the result calls the voice.
+        speech: what was spoken; its waveform is not looked at.
+        encoded: its audio.
+        condition_s: what was spent on the voice before the engine was asked, seconds.
+        context: the job's surroundings.
+    """
     return {
         "audio": encoded.audio_base64,
         "format": encoded.format,
@@ -89,15 +143,30 @@ async def answer(
         "voice": voice_name,
         "seed": speech.seed,
         "chunks": [_chunk(chunk) for chunk in speech.chunks],
+        **_subtitles(request, speech),
         "timings": _timings(speech, condition_s, encoded, context.elapsed_s),
         "warnings": _warnings(request, speech, encoded, context),
         "watermarked": speech.watermarked,
     }
 
 
-def _speech_request(request: SpeechInput, text: str, language: str, voice: ResolvedVoice) -> SpeechRequest:
+def speech_request(request: SpeechInput, language: str, **said: Any) -> SpeechRequest:
+    """What the engine is given of a job.
+
+    Args:
+        request: the job.
+        language: as the engine calls it.
+        said: text or segments, the voice, and what differs from the job.
+    """
     parameters = {name: getattr(request, name) for name in PARAMETERS if name in type(request).model_fields}
-    return SpeechRequest(text=text, voice=voice.spoken, language=language, seed=request.seed, **parameters)
+    about = {"seed": request.seed, "pronunciations": request.pronunciations or {}, "language": language}
+    return SpeechRequest(**{**parameters, **about, **said})
+
+
+def _subtitles(request: AudioInput, speech: Speech) -> dict[str, str]:
+    if not isinstance(request, SpeechInput) or request.subtitles is None:
+        return {}
+    return {"subtitles": write_subtitles(speech.chunks, request.subtitles, request.language)}
 
 
 def _chunk(chunk: Chunk) -> dict[str, Any]:
@@ -114,10 +183,10 @@ def _timings(speech: Speech, condition_s: float, encoded: delivery.Encoded, tota
     timings["encode"] = encoded.encode_s
     timings["total"] = total_s
     timings["real_time_factor"] = total_s / max(encoded.duration_s, 1e-9)
-    timings["first_audio_s"] = total_s  # nothing is heard before the whole result is there
+    timings["first_audio_s"] = total_s if encoded.first_audio_s is None else encoded.first_audio_s
     return {name: round(seconds, 4) for name, seconds in timings.items()}
 
 
 def _warnings(request: AudioInput, speech: Speech, encoded: delivery.Encoded, context: JobContext) -> list[str]:
-    streamed = (NOT_STREAMED,) if request.mode == "streaming" else ()
+    streamed = (NOT_STREAMED,) if request.mode == "streaming" and context.feed is None else ()
     return list(dict.fromkeys((*context.warnings, *streamed, *speech.warnings, *encoded.warnings)))

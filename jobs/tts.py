@@ -15,7 +15,7 @@ async def run(request: Tts, context: JobContext) -> dict[str, Any]:
     Raises:
         JobError, SpeechError: see the job API's codes.
     """
-    text = speaking.checked_text(request.text, context.settings.max_text_chars)
+    text = speaking.checked_text(request.text, context.settings)
     language = speaking.checked_language(request.language, context.engine.languages)
     voice = await reference.resolve_voice(request, context)
     return await speaking.speak(request, text, language, voice, context)

@@ -53,7 +53,7 @@ async def run(request: VoiceClone, context: JobContext) -> dict[str, Any]:
     """
     language = speaking.checked_language(request.language, context.engine.languages)
     text = _text(request, language)
-    speaking.checked_text(text, context.settings.max_text_chars)
+    speaking.checked_text(text, context.settings)
     if request.save_to_library:
         return await _run_and_save(request, text, language, context)
     voice = await reference.resolve_voice(request, context)
@@ -68,11 +68,11 @@ async def run(request: VoiceClone, context: JobContext) -> dict[str, Any]:
 async def _run_and_save(request: VoiceClone, text: str, language: str, context: JobContext) -> dict[str, Any]:
     """Saving comes last, and ends as it ends: a job that fails has saved nothing, and may be sent again."""
     voices = reference.library_of(context, "save_to_library")
-    delivery.check_output(request, context.engine.sample_rate)
+    delivery.check_output(request, context.engine.sample_rate, streams=context.feed is not None)
     new = await voices.run(saving.prepare, request, language, voices, context)
     named = reference.ResolvedVoice(new.about["name"], new.conditionals)
     result = await _speak(request, text, language, named, context)
-    if limit := context.settings.max_result_bytes:
+    if limit := context.max_result_bytes:
         await asyncio.to_thread(delivery.check_result, result, max(limit - _ROOM_FOR_VOICE_INFO_BYTES, 1))
     voice = await _outcome(asyncio.ensure_future(voices.run(saving.save, new, voices)))
     result["voice_info"] = voice.to_dict() | {"saved": True}
@@ -93,7 +93,7 @@ async def _speak(
     request: VoiceClone, text: str, language: str, voice: reference.ResolvedVoice, context: JobContext
 ) -> dict[str, Any]:
     result = await speaking.speak(request, text, language, voice, context)
-    if request.text is None:
+    if request.text is None and context.feed is None:
         result["sample_audio"] = result["audio"]
     return result
 

@@ -25,7 +25,7 @@ async def run(request: VoiceConversion, context: JobContext) -> dict[str, Any]:
     """
     audio, sample_rate = await asyncio.to_thread(_read_input, request, context)
     shortest_s = audio.size / sample_rate - _SHORTER_S
-    delivery.check_length(shortest_s, request, context.engine.sample_rate, context.settings.max_result_bytes)
+    delivery.check_length(shortest_s, request, context.engine.sample_rate, context.max_result_bytes)
     voice = await reference.resolve_voice(request, context)
 
     conversion = await asyncio.to_thread(  # which copies the recording

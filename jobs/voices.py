@@ -58,18 +58,22 @@ def open_library(settings: Settings) -> VoiceLibrary | None:
     """
     if settings.voices_location is None:
         return None
-    secret = settings.bucket_secret_access_key
-    key = settings.bucket_access_key_id
-    options = S3Options(
-        endpoint_url=settings.bucket_endpoint_url,
-        access_key_id=key.get_secret_value() if key else None,
-        secret_access_key=secret.get_secret_value() if secret else None,
-    )
     return VoiceLibrary.open(
         settings.voices_location,
         max_cache_bytes=settings.voices_cache_bytes // 2,
         max_voices=settings.max_voices,
-        s3=options,
+        s3=s3_options(settings),
+    )
+
+
+def s3_options(settings: Settings) -> S3Options:
+    """How the settings say that a bucket is reached."""
+    secret = settings.bucket_secret_access_key
+    key = settings.bucket_access_key_id
+    return S3Options(
+        endpoint_url=settings.bucket_endpoint_url,
+        access_key_id=key.get_secret_value() if key else None,
+        secret_access_key=secret.get_secret_value() if secret else None,
     )
 
 

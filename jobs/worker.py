@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -17,15 +17,18 @@ from engine.errors import SpeechError
 from engine.hub import download_bar
 from engine.models import DRAFT
 from engine.types import EngineConfig
-from jobs import delete_voice, delivery, get_voice, info, list_voices, tts, voice_clone, voice_conversion
-from jobs.context import JobContext, SpeechEngine
+from jobs import delete_voice, delivery, get_voice, info, list_voices, long_form, tts, voice_clone, voice_conversion
+from jobs.context import JobContext, Progress, SpeechEngine
 from jobs.errors import JobError, error_result
 from jobs.schema import parse_job
 from jobs.settings import Settings
+from jobs.streaming import Feed, error_piece
 from jobs.voices import Voices, open_library
+from jobs.work import Work, open_work
 
 OPERATIONS: Mapping[str, Callable[[Any, JobContext], Awaitable[dict[str, Any]]]] = {
     "tts": tts.run,
+    "long_form": long_form.run,
     "voice_clone": voice_clone.run,
     "voice_conversion": voice_conversion.run,
     "list_voices": list_voices.run,
@@ -100,15 +103,23 @@ class Worker:
         engine: loaded and ready.
         settings: the deployment's settings.
         voices: the voice library as this engine speaks it; closed by `close`.
+        work: what long jobs keep; closed by `close`.
         local_files: whether audio fields may be `file:PATH`; for a person's own machine only.
     """
 
     def __init__(
-        self, engine: SpeechEngine, settings: Settings, *, voices: Voices | None = None, local_files: bool = False
+        self,
+        engine: SpeechEngine,
+        settings: Settings,
+        *,
+        voices: Voices | None = None,
+        work: Work | None = None,
+        local_files: bool = False,
     ) -> None:
         self._engine = engine
         self._settings = settings
         self._voices = voices
+        self._work = work
         self._local_files = local_files
 
     @classmethod
@@ -128,31 +139,77 @@ class Worker:
             library = open_library(settings)  # first: what is wrong with it is told before a model is loaded
             if library is not None:
                 undo.callback(library.close)
+            work = open_work(settings)
+            if work is not None:
+                undo.callback(work.close)
             engine = load_engine(settings, show_download=local)
             undo.pop_all()
         voices = None
         if library is not None:
             voices = Voices(library, engine, max_cache_bytes=settings.voices_cache_bytes // 2)
             voices.preload(settings.preloaded)
-        return cls(engine, settings, voices=voices, local_files=local)
+        return cls(engine, settings, voices=voices, work=work, local_files=local)
 
-    async def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
+    async def run(
+        self, job: Mapping[str, Any], report: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> dict[str, Any]:
         """Run one platform job.
+
+        Args:
+            job: as the platform gives it.
+            report: is told now and then how far a long job is; returns at once.
 
         Returns:
             The result, or `{"error", "error_code", "field"}`. Nothing is raised but the cancellation of
             the calling task, which frees what the job held.
         """
+        return await self._told(job, report=report)
+
+    async def stream(self, job: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Run one platform job and give its answer in pieces, see `jobs.streaming`.
+
+        The work stops at once when this generator is closed, and when the task that takes the pieces ends. The SDK
+        cancels that task where a job is stopped: if it is sending a piece just then, nothing is raised here, and the
+        generator is not closed before another job ends.
+        """
+        feed = Feed()
+        answering = asyncio.create_task(self._told(job, feed=feed))
+        answering.add_done_callback(lambda _: feed.end())
+        taker = asyncio.current_task()
+        assert taker is not None
+
+        def give_up(_: object) -> None:
+            answering.cancel()
+
+        taker.add_done_callback(give_up)
+        try:
+            async for piece in feed:
+                yield piece
+            for piece in await asyncio.to_thread(feed.closing, await answering):
+                yield piece
+        finally:
+            taker.remove_done_callback(give_up)
+            answering.cancel()
+            await asyncio.wait([answering])
+
+    async def _told(self, job: Mapping[str, Any], **surroundings: Any) -> dict[str, Any]:
+        """What became of a job, told to the log too."""
         started_s = time.perf_counter()
-        result = await self._answer(job)
-        outcome = result.get("error_code") or "done"
-        _log.info("job %s: %s in %.2f s", job.get("id"), outcome, time.perf_counter() - started_s)
+        outcome = "stopped"
+        try:
+            result = await self._answer(job, **surroundings)
+            outcome = result.get("error_code") or "done"
+        finally:
+            _log.info("job %s: %s in %.2f s", job.get("id"), outcome, time.perf_counter() - started_s)
         return result
 
-    async def _answer(self, job: Mapping[str, Any]) -> dict[str, Any]:
+    async def _answer(self, job: Mapping[str, Any], **surroundings: Any) -> dict[str, Any]:
+        context = JobContext(
+            self._engine, self._settings, self._voices, self._local_files, work=self._work, **surroundings
+        )
         try:
-            async with self._deadline():
-                return await self._run(job)
+            async with self._deadline(context.progress):
+                return await self._run(job, context)
         except asyncio.CancelledError:
             if _is_being_cancelled():
                 raise
@@ -160,16 +217,15 @@ class Worker:
         except Exception as error:
             return error_result(error)
 
-    async def _run(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        context = JobContext(self._engine, self._settings, self._voices, self._local_files)
+    async def _run(self, job: Mapping[str, Any], context: JobContext) -> dict[str, Any]:
         parsed = parse_job(job)
         context = context.with_warnings(parsed.warnings)
         result = await OPERATIONS[parsed.request.operation](parsed.request, context)
-        await asyncio.to_thread(delivery.check_result, result, self._settings.max_result_bytes)
+        await asyncio.to_thread(delivery.check_result, result, context.max_result_bytes)
         return result
 
     @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
+    async def _deadline(self, progress: Progress) -> AsyncIterator[None]:
         """Stop shortly before the platform would, so that the client learns why."""
         limit = self._settings.job_timeout_s
         try:
@@ -178,13 +234,17 @@ class Worker:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            raise JobError("timed_out", f"the job was not done within JOB_TIMEOUT_S ({limit:g} s)") from None
+            how_far = progress.describe()
+            message = f"the job was not done within JOB_TIMEOUT_S ({limit:g} s)"
+            raise JobError("timed_out", f"{message}: {how_far}" if how_far else message) from None
 
     def close(self) -> None:
         """Finish what is being stored of voices, and free the engine."""
         if self._voices is not None:
             self._voices.close()
         self._engine.close()
+        if self._work is not None:
+            self._work.close()
 
 
 class BrokenWorker:
@@ -198,9 +258,15 @@ class BrokenWorker:
         self._answer = error_result(error)
         _log.error("the worker could not start; every job is answered with: %s", self._answer["error"])
 
-    async def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
+    async def run(
+        self, job: Mapping[str, Any], report: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> dict[str, Any]:
         """The reason, for any job."""
         return {**self._answer, "refresh_worker": True}
+
+    async def stream(self, job: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The reason, for any job. A piece cannot ask for a fresh worker: whoever serves the stream has to."""
+        yield error_piece(self._answer)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,8 +1,8 @@
 """Measures the engine on this machine: `python scripts/benchmark.py all --model turbo --against upstream`.
 
-Rows of figures: t3, flow, vocoder, utterance, long-form, throughput, voice, voices, cold-start, memory, speak,
-or all of them. A benchmark is not a test: it measures and never fails for being slow. Weights are random, so nothing
-is said about audio quality. How it is built: `scripts/benchmarks/__init__.py`.
+Rows of figures: t3, flow, vocoder, utterance, long-form, stream, plan, throughput, voice, voices, cold-start, memory,
+speak, or all of them. A benchmark is not a test: it measures and never fails for being slow. Weights are random, so
+nothing is said about audio quality. How it is built: `scripts/benchmarks/__init__.py`.
 """
 
 from __future__ import annotations

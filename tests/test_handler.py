@@ -7,12 +7,9 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ import soundfile
 
 import handler
 from engine.random_checkpoint import PlantedSpeech, write_checkpoint
-from jobs.settings import Settings
+from tests.platform import local_server, post, without_ours
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = ROOT / "handler.py"
@@ -44,17 +41,12 @@ class Finished:
         return result
 
 
-def is_ours(variable: str) -> bool:
-    return variable.startswith("RUNPOD_") or variable in {name.upper() for name in Settings.model_fields}
-
-
 def run(cwd: Path, *arguments: str, stdin: str | None = None, **changes: str) -> Finished:
     """handler.py in a process of its own."""
-    kept = {name: value for name, value in os.environ.items() if not is_ours(name)}
     done = subprocess.run(
         [sys.executable, str(HANDLER), *arguments],
         cwd=cwd,
-        env=kept | changes,
+        env=without_ours(os.environ) | changes,
         input=stdin,
         capture_output=True,
         text=True,
@@ -70,7 +62,7 @@ def call(
 ) -> Callable[..., Finished]:
     """handler.py's main in this process, in tmp_path: the same code without the price of a start."""
     monkeypatch.chdir(tmp_path)
-    for name in filter(is_ours, list(os.environ)):
+    for name in set(os.environ) - set(without_ours(os.environ)):
         monkeypatch.delenv(name)
 
     def run_main(*arguments: str, **changes: str) -> Finished:
@@ -234,57 +226,12 @@ def test_bad_settings_and_unknown_options_exit_2_with_their_names(call: Callable
     assert (finished.status, "MAX_CONCURRENCY" in finished.stderr) == (2, True)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """The SDK's own local API around our handler, and the file that its output goes to."""
-    port, log = _free_port(), tmp_path / "log"
-    arguments = ["--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(HANDLER), *arguments],
-            cwd=tmp_path,
-            env={name: value for name, value in os.environ.items() if not is_ours(name)},
-            stdout=output,
-            stderr=output,
-        )
-        try:
-            _wait_for_port(port, process)
-            yield f"http://127.0.0.1:{port}", log
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
-def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
-        assert process.poll() is None, "the server ended"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError("the server did not start")
-
-
-def _post(url: str, body: str) -> dict[str, Any]:
-    request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        decoded: dict[str, Any] = json.load(answer)
-        return decoded
-
-
-def test_the_sdks_own_server_runs_jobs_and_logs_no_audio(served: tuple[str, Path], voice_wav: Path) -> None:
-    url, log = served
-    answer = _post(f"{url}/runsync", job(text="Hello"))
-    assert answer["status"] == "COMPLETED"
-    audio = base64.b64decode(answer["output"]["audio"])
-    assert soundfile.info(io.BytesIO(audio)).samplerate == 24_000
-    refused = _post(f"{url}/runsync", job(text="Hello", reference_audio=f"file:{voice_wav}"))
-    assert (refused["status"], "local test mode" in refused["error"]) == ("FAILED", True)
-    assert answer["output"]["audio"][100:200] not in log.read_text()
+def test_the_sdks_own_server_runs_jobs_and_logs_no_audio(tmp_path: Path, voice_wav: Path) -> None:
+    with local_server(HANDLER, tmp_path) as url:
+        answer = post(f"{url}/runsync", input={"text": "Hello"})
+        assert answer["status"] == "COMPLETED"
+        audio = base64.b64decode(answer["output"]["audio"])
+        assert soundfile.info(io.BytesIO(audio)).samplerate == 24_000
+        refused = post(f"{url}/runsync", input={"text": "Hello", "reference_audio": f"file:{voice_wav}"})
+        assert (refused["status"], "local test mode" in refused["error"]) == ("FAILED", True)
+        assert answer["output"]["audio"][100:200] not in (tmp_path / "log").read_text()

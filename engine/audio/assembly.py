@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,8 @@ FRAME_SAMPLES = SAMPLE_RATE // 100
 KEPT_BEFORE_FRAMES, KEPT_AFTER_FRAMES = 5, 10
 """Of that silence, what stays before and after the sound: a soft onset, a word dying away."""
 
+CHUNKS_AHEAD = 4
+"""So many chunks are looked at before one's level is decided: a quiet first one is known for what it is."""
 MOST_GAIN_DB = 6.0
 """Chunks differ by a few dB; what differs more is meant to."""
 ACTIVE_DB = 20.0
@@ -81,12 +84,15 @@ class Joiner:
 
     Args:
         clips: all chunks.
-        even_levels: bring each chunk to the median level of its voice's chunks so far; takes whole chunks only.
+        even_levels: bring each chunk to the median level of its voice's chunks up to some chunks ahead; takes whole
+            chunks only.
     """
 
     def __init__(self, clips: Sequence[Clip], *, even_levels: bool = False) -> None:
         self._clips, self._even_levels = clips, even_levels
         self._levels: dict[str, list[float]] = {}
+        self._ahead: deque[tuple[Tensor, float | None]] = deque()  # chunks, and their levels in dB
+        self._num_taken = 0
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._num_out = 0
@@ -120,9 +126,17 @@ class Joiner:
         Returns:
             float32 (m,): what is final now.
         """
-        if self._even_levels:
-            assert is_end and self._pending is None, "levels are those of whole chunks"
-            samples = samples * self._gain(samples)
+        if not self._even_levels:
+            return self._push(samples, is_end=is_end)
+        assert is_end, "levels are those of whole chunks"
+        self._look_at(samples)
+        out = [samples.new_zeros(0)]
+        while self._ahead and (len(self._ahead) > CHUNKS_AHEAD or self._num_taken == len(self._clips)):
+            chunk, level_db = self._ahead.popleft()
+            out.append(self._push(chunk * self._gain(chunk, level_db), is_end=True))
+        return torch.cat(out)
+
+    def _push(self, samples: Tensor, *, is_end: bool) -> Tensor:
         pending = samples if self._pending is None else torch.cat((self._pending, samples))
         out = [samples.new_zeros(0)]
         if not self._has_begun:
@@ -219,13 +233,18 @@ class Joiner:
 
     # ------------------------------------------------------------------------------ levels
 
-    def _gain(self, samples: Tensor) -> float:
+    def _look_at(self, samples: Tensor) -> None:
         level_db = _level_db(samples)
+        if level_db is not None:
+            self._levels.setdefault(self._clips[self._num_taken].voice, []).append(level_db)
+        self._ahead.append((samples, level_db))
+        self._num_taken += 1
+
+    def _gain(self, samples: Tensor, level_db: float | None) -> float:
         if level_db is None:
             return 1.0
-        levels = self._levels.setdefault(self._clips[self._index].voice, [])
-        levels.append(level_db)
-        gain_db = min(max(statistics.median(levels) - level_db, -MOST_GAIN_DB), MOST_GAIN_DB)
+        usual_db = statistics.median(self._levels[self._clips[self._index].voice])
+        gain_db = min(max(usual_db - level_db, -MOST_GAIN_DB), MOST_GAIN_DB)
         return min(10 ** (gain_db / 20), max(1.0, PEAK_LIMIT / float(samples.abs().max())))
 
 

@@ -243,10 +243,14 @@ class _Section:
             return 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if self._target.closed:
+        if self._error is not None or self._target.closed:
             return 0
         start = self._origin if whence == io.SEEK_SET else 0
-        return self._target.seek(start + offset, whence) - self._origin
+        try:
+            return self._target.seek(start + offset, whence) - self._origin
+        except OSError as error:  # a file with a buffer writes it before it moves
+            self._error = error
+            return 0
 
     def tell(self) -> int:
         return 0 if self._target.closed else self._target.tell() - self._origin
@@ -314,7 +318,7 @@ def _mp3_compression(sample_rate: int) -> float:
     """The level by which libsndfile means a bit rate: from 0 for an MPEG version's highest to 1 for its lowest."""
     least_hz = max(hz for hz in _MP3_KBITS if hz <= sample_rate)
     highest, lowest, wanted = _MP3_KBITS[least_hz]
-    return (highest - wanted - 0.5) / (highest - lowest)  # libsndfile drops the fraction
+    return (highest - wanted) / (highest - lowest)
 
 
 def _write(file: soundfile.SoundFile, waveform: FloatArray, subtype: str) -> None:

@@ -41,8 +41,9 @@ OVERLAP_S = 1.0
 out the same in both blocks; there one fades into the other."""
 
 CONTEXT_S = 0.25
-"""What a stream is marked with to each side of what is given out: the 0.2 s that the networks see, the
-resampler's filter and the fade between two runs."""
+"""What a stream is marked with to each side of what is given out. 0.21 s bear on a sample (of 10 ms frames 15
+to each side in the networks, of 64 ms windows half before and half after them); beyond come the resampler's
+filter and the fade between two runs."""
 
 EARLY_FADE_S = 0.02
 """Two runs over a stream share this much. They differ by rounding only, so that any fade will do."""
@@ -99,9 +100,10 @@ class Watermarker:
 
         Args:
             sample_rate: Hz; below 4 kHz there would be no room for the mark.
-            early: give out all but the last 0.25 to 0.35 s of what was pushed, which differs from `mark` of the
-                whole by rounding only, and takes up to six times its work. Otherwise what is given out is `mark`
-                of the whole bit for bit, 32 s late at most.
+            early: give out all but the last 0.25 to 0.35 s of what was pushed. It differs from `mark` of the whole
+                by rounding only (3e-7; 5e-4 beside digital silence, where the networks see what the resampler
+                rounds), and takes up to six times the work, in runs of 0.1 s. Otherwise what is given out is
+                `mark` of the whole bit for bit, 32 s late at most.
         """
         return Marking(self._renderer(sample_rate, early=early), self._search(sample_rate))
 
@@ -153,11 +155,9 @@ class Watermarker:
 
     def _renderer(self, sample_rate: int, *, early: bool) -> _Renderer:
         render = functools.partial(self._mark_block, sample_rate=sample_rate)
-        return (
-            _EarlyRenderer(render, sample_rate, self._grid(sample_rate))
-            if early
-            else _BlockRenderer(render, sample_rate)
-        )
+        if early:
+            return _EarlyRenderer(render, sample_rate, self._grid(sample_rate))
+        return _BlockRenderer(render, sample_rate)
 
     def _grid(self, sample_rate: int) -> int:
         """The fewest samples that are a whole number of the networks' frames, and of samples at their rate."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import noise
+from engine.kernels import can_compile, snake
 from engine.types import SAMPLE_RATE
 
 NUM_HARMONICS = 8
@@ -43,7 +44,10 @@ class Snake(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, in_place: bool = False) -> Tensor:
+        """Activate (rows, width, time); `in_place` allows to write over x."""
+        if x.device.type == "cpu" and x.dtype == torch.float32 and can_compile():
+            return snake(x.contiguous(), self.alpha, in_place=in_place)
         alpha = self.alpha[:, None]
         # In place after the first product: these are the largest tensors there are, and fresh memory is what costs.
         return (x * alpha).sin_().square_().mul_(1.0 / (alpha + 1e-9)).add_(x)
@@ -67,7 +71,7 @@ class ResBlock(nn.Module):
         for act1, conv1, act2, conv2 in zip(
             self.activations1, self.convs1, self.activations2, self.convs2, strict=True
         ):
-            x = conv2(act2(conv1(act1(x)))).add_(x)
+            x = conv2(act2(conv1(act1(x)), in_place=True)).add_(x)
         return x
 
 

@@ -17,5 +17,5 @@ _BEHIND = (
 )
 _STACKED = rf"[\u17d2\u1039]{SPACELESS}"  # a consonant below the one before it (Khmer, Myanmar)
 
-SYLLABLE = rf"{_BEFORE}?+{SPACELESS}(?:{_STACKED}|{_BEHIND})*+"
+SYLLABLE = rf"{_BEFORE}?{SPACELESS}(?:{_STACKED}|{_BEHIND})*+"
 """A letter with what is read along with it."""

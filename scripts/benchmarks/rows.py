@@ -18,6 +18,8 @@ class Row(StrEnum):
     VOCODER = "vocoder"
     UTTERANCE = "utterance"
     LONG_FORM = "long-form"
+    STREAM = "stream"
+    PLAN = "plan"
     THROUGHPUT = "throughput"
     VOICE = "voice"
     VOICES = "voices"
@@ -33,6 +35,8 @@ _MEASURES = {
     Row.VOCODER: "rendering.measure_vocoder",
     Row.UTTERANCE: "speaking.measure_utterance",
     Row.LONG_FORM: "speaking.measure_long_form",
+    Row.STREAM: "streaming.measure_stream",
+    Row.PLAN: "streaming.measure_plan",
     Row.THROUGHPUT: "speaking.measure_throughput",
     Row.VOICE: "voices.measure_voice",
     Row.VOICES: "library.measure_voices",

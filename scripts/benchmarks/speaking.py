@@ -77,10 +77,10 @@ def measure_throughput(options: Options, progress: Progress) -> list[Figure]:
 
     def load(contender: Contender) -> Runner:
         if contender.side == "upstream":
-            return _upstream_runner(options, folder, [make_text(num_tokens, 0)], num_tokens)
-        engine = _load_engine(options, folder, contender)
+            return upstream_runner(options, folder, [make_text(num_tokens, 0)], num_tokens)
+        engine = load_engine(options, folder, contender)
         texts = [make_text(num_tokens, index) for index in range(2 * (contender.rows or 1))]
-        return Runner(lambda: _speak_all(engine, texts), _dtypes(engine), close=engine.close)
+        return Runner(lambda: _speak_all(engine, texts), dtypes_of(engine), close=engine.close)
 
     outcome = _take_turns(options, contenders, load, progress)
     note = f"chunks of {num_tokens} tokens, two requests per row"
@@ -130,7 +130,7 @@ def _compare(
 
     def load(contender: Contender) -> Runner:
         if contender.side == "upstream":
-            return _upstream_runner(options, folder, texts, num_tokens)
+            return upstream_runner(options, folder, texts, num_tokens)
         return _our_runner(options, folder, contender, texts)
 
     return _take_turns(options, contenders, load, progress)
@@ -165,7 +165,8 @@ def make_text(num_tokens: int, index: int) -> str:
 # ---------------------------------------------------------------------------------------- ours
 
 
-def _load_engine(options: Options, folder: Path, contender: Contender) -> Engine:
+def load_engine(options: Options, folder: Path, contender: Contender) -> Engine:
+    """An engine of the contender's kind, with the weights of a folder."""
     most_chars = EngineConfig().max_chunk_chars if options.size == "full" else MOST_TINY_CHARS
     return Engine.load(
         EngineConfig(
@@ -180,22 +181,23 @@ def _load_engine(options: Options, folder: Path, contender: Contender) -> Engine
     )
 
 
-def _dtypes(engine: Engine) -> str:
+def dtypes_of(engine: Engine) -> str:
+    """What it runs in, in words."""
     stats = engine.stats()
     return f"{stats['dtype']}, flow {stats['flow_dtype']}" if stats["dtype"] != stats["flow_dtype"] else stats["dtype"]
 
 
 def _our_runner(options: Options, folder: Path, contender: Contender, texts: list[str]) -> Runner:
-    engine, seeds = _load_engine(options, folder, contender), itertools.count(1)
+    engine, seeds = load_engine(options, folder, contender), itertools.count(1)
 
     def speak(spoken: list[str]) -> Values:
         request = SpeechRequest(segments=tuple(Segment(text) for text in spoken), seed=next(seeds))
         with Stopwatch() as watch:
             speech = engine.speak(request)
-        _check(speech, len(spoken))
+        check(speech, len(spoken))
         return _values(watch.seconds, speech.duration_s)
 
-    return Runner(lambda: speak(texts), _dtypes(engine), lambda: speak(texts[:1]), engine.close)
+    return Runner(lambda: speak(texts), dtypes_of(engine), lambda: speak(texts[:1]), engine.close)
 
 
 def _speak_all(engine: Engine, texts: list[str]) -> Values:
@@ -203,7 +205,7 @@ def _speak_all(engine: Engine, texts: list[str]) -> Values:
         futures = [engine.submit(SpeechRequest(text=text, seed=index)) for index, text in enumerate(texts)]
         speeches = [future.result() for future in futures]
     for speech in speeches:
-        _check(speech, 1)
+        check(speech, 1)
     return _values(watch.seconds, sum(speech.duration_s for speech in speeches))
 
 
@@ -211,7 +213,8 @@ def _values(seconds: float, audio_s: float) -> Values:
     return {"seconds": seconds, "real-time-factor": seconds / audio_s, "audio_s_per_s": audio_s / seconds}
 
 
-def _check(speech: Speech, num_chunks: int | None) -> None:
+def check(speech: Speech, num_chunks: int | None) -> None:
+    """Raises BenchmarkError where the work was not what both sides should do."""
     if num_chunks is not None and len(speech.chunks) != num_chunks:
         raise BenchmarkError(f"the text became {len(speech.chunks)} chunks, expected {num_chunks}")
     for chunk in speech.chunks:
@@ -222,7 +225,8 @@ def _check(speech: Speech, num_chunks: int | None) -> None:
 # ---------------------------------------------------------------------------------------- upstream
 
 
-def _upstream_runner(options: Options, folder: Path, texts: list[str], num_tokens: int) -> Runner:
+def upstream_runner(options: Options, folder: Path, texts: list[str], num_tokens: int) -> Runner:
+    """Upstream's own class, which speaks the texts one after another."""
     speaker = load_speaker(options, folder)
     closing = NUM_CLOSING_SILENCES if options.spec.family == "turbo" else 0
     num_samples = (num_tokens + closing) * SAMPLE_RATE // SPEECH_TOKEN_RATE
@@ -261,7 +265,7 @@ def _thread_choices() -> tuple[int, ...]:
 
 
 def _long_text_runner(options: Options, folder: Path, contender: Contender) -> Runner:
-    engine = _load_engine(options, folder, contender)
+    engine = load_engine(options, folder, contender)
     first_text: list[str] = []
 
     def warm_up() -> object:
@@ -274,7 +278,7 @@ def _long_text_runner(options: Options, folder: Path, contender: Contender) -> R
             engine.speak(SpeechRequest(text=first_text[0], seed=1))
         with Stopwatch() as total:
             speech = engine.speak(SpeechRequest(text=LONG_TEXT, seed=1))
-        _check(speech, None)
+        check(speech, None)
         return {
             "first_chunk_s": first.seconds,
             "total_s": total.seconds,
@@ -282,7 +286,7 @@ def _long_text_runner(options: Options, folder: Path, contender: Contender) -> R
             "real-time-factor": total.seconds / speech.duration_s,
         }
 
-    return Runner(run, _dtypes(engine), warm_up, engine.close)
+    return Runner(run, dtypes_of(engine), warm_up, engine.close)
 
 
 def _speak_figures(outcome: Outcome) -> list[Figure]:

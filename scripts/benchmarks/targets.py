@@ -22,10 +22,13 @@ _CPU = {
     "voice-used-before": Target(ratio_at_least=500),
     "cold-start": Target(ratio_at_least=3),
     "memory": Target(ratio_at_most=0.7),
+    "first_audio_s": Target(ratio_at_least=3),
 }
+_PLAN = Target(value_at_most=2.0)
 _GPU_TURBO = {
     ("t3", 1): Target(ratio_at_least=8, value_at_least=600),
     ("throughput", 64): Target(value_at_least=400),
+    ("first_audio_s", 1): Target(value_at_most=0.15),
 }
 _GPU_REAL_TIME_FACTOR = Target(value_at_most=0.04)
 
@@ -49,6 +52,8 @@ def target(options: Options, key: str, rows: int | None = None) -> Target | None
     """The target of a quantity, or None: tiny models have none, and neither have other comparisons."""
     if options.size != "full":
         return None
+    if key == "plan":
+        return _PLAN
     if options.is_on_gpu:
         return _gpu_target(options, key, rows)
     if options.against != "upstream":

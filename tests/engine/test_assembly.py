@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.audio.assembly import FRAME_SAMPLES, JOIN_S, KEPT_AFTER_FRAMES, KEPT_BEFORE_FRAMES, Clip, Joiner
+from engine.audio.assembly import (
+    CHUNKS_AHEAD,
+    FRAME_SAMPLES,
+    JOIN_S,
+    KEPT_AFTER_FRAMES,
+    KEPT_BEFORE_FRAMES,
+    Clip,
+    Joiner,
+)
 from engine.types import SAMPLE_RATE
 from tests.engine.synthetic_voices import sung_vowel
 
@@ -105,25 +113,32 @@ def test_pieces_are_given_out_long_before_their_chunk_ends() -> None:
 
 
 def test_levels_of_one_voice_are_brought_together_and_others_left() -> None:
-    clips = [Clip(0.0, 0.1, voice) for voice in ("anna", "anna", "bob", "anna")]
-    levels = [0.1, 0.2, 0.4, 0.11]
-    joiner = Joiner(clips, even_levels=True)
-    out = [joiner.push(vowel(1.0, level=level), is_end=True).numpy()[2400:21_600] for level in levels]
-    anna = [rms_db(out[i]) for i in (0, 1, 3)]
-    assert max(anna) - min(anna) < 3.2 < 20 * np.log10(0.2 / 0.1), "half of the difference and less"
-    assert rms_db(out[2]) == pytest.approx(rms_db(vowel(1.0, level=0.4).numpy()), abs=0.05)
+    """Also where the first chunk is the one that is unlike the rest."""
+    voices, levels = ("anna", "anna", "bob", "anna", "anna"), [0.06, 0.1, 0.4, 0.11, 0.1]
+    joiner = Joiner([Clip(0.0, 0.1, voice) for voice in voices], even_levels=True)
+    out = joined(joiner, [vowel(1.0, level=level) for level in levels])
+    spoken = [out[round(start * SAMPLE_RATE) + 2400 : round(end * SAMPLE_RATE) - 2400] for start, end in joiner.spans_s]
+    anna = [rms_db(spoken[i]) for i in (0, 1, 3, 4)]
+    assert max(anna) - min(anna) < 0.2
+    assert rms_db(spoken[2]) == pytest.approx(rms_db(vowel(1.0, level=0.4).numpy()), abs=0.05)
+
+
+def test_levels_are_those_of_the_chunks_nearby_however_many_there_are() -> None:
+    chunks = [vowel(0.5, level=0.1 if i % 2 else 0.08) for i in range(40)]
+    joiner = Joiner([Clip(0.0, 0.1)] * 40, even_levels=True)
+    early = [len(joiner.push(chunk, is_end=True)) for chunk in chunks]
+    assert early[CHUNKS_AHEAD] > 0 == early[CHUNKS_AHEAD - 1], "few chunks wait"
+    assert joiner.num_joined == 40
 
 
 def test_no_chunk_is_raised_above_full_scale_or_moved_by_more_than_the_bound() -> None:
-    clips = [Clip(0.0, 0.1)] * 3
-    joiner = Joiner(clips, even_levels=True)
-    for level in (0.9, 0.9):
-        joiner.push(vowel(1.0, level=level), is_end=True)
     quiet = vowel(1.0, level=0.05)
     quiet[12_000] = 0.8
-    out = joiner.push(quiet, is_end=True)
-    assert float(out.abs().max()) <= 0.99
-    assert rms_db(out[2400:11_000].numpy()) - rms_db(quiet[2400:11_000].numpy()) <= 6.01
+    joiner = Joiner([Clip(0.0, 0.1)] * 3, even_levels=True)
+    out = joined(joiner, [vowel(1.0, level=0.9), vowel(1.0, level=0.9), quiet])
+    last = out[round(joiner.spans_s[2][0] * SAMPLE_RATE) :]
+    assert 0.8 < np.abs(last).max() <= 0.99
+    assert 0.0 < rms_db(last[2400:11_000]) - rms_db(quiet[2400:11_000].numpy()) <= 6.01
 
 
 def test_a_chunk_of_silence_alone_keeps_its_length() -> None:

@@ -91,6 +91,17 @@ def test_many_at_once_beside_the_renderers_stream_all_come_out_right(engine: Eng
     assert [speech.seed for speech in speeches] == list(range(60))
 
 
+def test_streams_beside_batch_work_come_in_pieces_and_whole(engine: Engine) -> None:
+    batch = [engine.submit(request(index)) for index in range(30)]
+    streams = [engine.stream(request(index, max_new_tokens=120)) for index in range(4)]
+    for stream in streams:
+        *pieces, last = stream
+        assert last.speech is not None and len(pieces) > 2
+        audio = np.concatenate([piece.waveform for piece in pieces])
+        assert np.isfinite(audio).all() and audio.size == round(last.speech.chunks[-1].end_s * 24_000)
+    assert all(future.result().duration_s > 0.5 for future in batch)
+
+
 def test_the_gpu_speaks_as_the_cpu_does_in_float32(tiny_checkpoint: Checkpoint) -> None:
     waveforms = []
     for device in ("cpu", "cuda"):

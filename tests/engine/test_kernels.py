@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import DecodeAttention, HalfMatrix, Vectors, attend, attend_fully, can_compile, product
+from engine.kernels import DecodeAttention, HalfMatrix, Vectors, attend, attend_fully, can_compile, product, snake
 from engine.kernels.compiler import AVX2, AVX512, host_vectors
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="the kernels need Linux on x86 with AVX2, and libgomp")
@@ -165,6 +165,35 @@ def test_padding_reaches_no_real_frame() -> None:
     for tensor in (query, key, value):
         tensor[:, :, 90:] = torch.nan
     assert torch.equal(attend_fully(query, key, value, torch.tensor([90]))[:, :90], clean[:, :90])
+
+
+@pytest.mark.parametrize("vectors", VECTORS)
+@pytest.mark.parametrize("length", [1, 7, 8, 16, 33, 1000])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_activation_is_what_its_formula_says_for_any_length(vectors: Vectors, length: int, in_place: bool) -> None:
+    x, alpha = random(2, 5, length) * 20, torch.tensor([0.05, 0.5, 1.0, 3.0, -2.0])
+    wide = alpha.double()[:, None]
+    expected = x.double() + (x.double() * wide).sin().square() / (wide + 1e-9)
+    before = x.clone()
+    result = snake(x, alpha, in_place=in_place, vectors=vectors)
+    torch.testing.assert_close(result.double(), expected, atol=2e-5, rtol=1e-6)
+    assert (result.data_ptr() == x.data_ptr()) is in_place
+    assert in_place or torch.equal(x, before)
+
+
+def test_the_activation_of_a_row_is_the_same_bit_for_bit_whatever_its_neighbours() -> None:
+    x, alpha = random(6, 3, 77) * 5, torch.tensor([0.3, 1.0, 2.0])
+    together = snake(x, alpha)
+    for row in range(6):
+        assert torch.equal(snake(x[row : row + 1].contiguous(), alpha)[0], together[row])
+
+
+def test_the_activation_of_what_is_no_number_is_no_number_and_nothing_else_is_touched() -> None:
+    x = random(1, 2, 40)
+    x[0, 0, 3], x[0, 1, 39] = float("nan"), float("inf")
+    result = snake(x, torch.ones(2))
+    assert not torch.isfinite(result[0, 0, 3]) and not torch.isfinite(result[0, 1, 39])
+    assert int(torch.isfinite(result).sum()) == 78
 
 
 def test_kernels_run_from_several_threads_at_once() -> None:

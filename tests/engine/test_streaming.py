@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +19,12 @@ import safetensors.torch
 import torch
 
 import engine.stream
-from engine import Engine, Segment, SpeechError, SpeechPiece, SpeechRequest
+from engine import Engine, Segment, SpeechError, SpeechPiece, SpeechRequest, outlet
 from engine.early import FIRST_GROUP_TOKENS
 from engine.models import get_model
+from engine.outlet import Outlet
 from engine.random_checkpoint import PlantedSpeech
+from engine.s3gen.renderer import Renderer
 from engine.types import SAMPLE_RATE, FloatArray
 from tests.engine.conftest import Checkpoint, PlantedCheckpoint
 from tests.engine.test_engine import config, prompt
@@ -297,13 +300,102 @@ def test_what_is_damaged_is_made_again(random_turbo: Engine) -> None:
         _wait_for(lambda: dict(kept) == whole)
 
 
-def test_an_early_stream_goes_on_from_the_tokens_that_were_kept(random_turbo: Engine) -> None:
-    kept, request = Kept(), text_request(TEXT)
-    first = joined(list(random_turbo.stream(request, work=kept)))
+def test_audio_that_is_not_finite_fails_its_request_and_is_never_kept(
+    random_turbo: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+    render = Renderer.render
+    monkeypatch.setattr(Renderer, "render", lambda self, passes: [w * float("nan") for w in render(self, passes)])
+    with pytest.raises(SpeechError) as caught:
+        list(random_turbo.stream(text_request(SENTENCE), early=False, work=kept))
+    assert caught.value.code == "generation_failed"
+    assert not kept.of("audio")
+
+
+def test_a_store_that_hangs_or_raises_harms_no_request_but_its_own(engine_folder: Path) -> None:
+    """Nor keeps the engine from closing."""
+    released = threading.Event()
+
+    class Hanging(Kept):
+        def get(self, key: str, default: object = None) -> None:  # type: ignore[override]
+            released.wait(60)
+
+    class Raising(Kept):
+        def get(self, key: str, default: object = None) -> None:  # type: ignore[override]
+            raise OSError("gone")
+
+        def put(self, key: str, data: bytes) -> None:
+            raise OSError("gone")
+
+    request = SpeechRequest(text=SENTENCE, seed=7)
+    try:
+        with Engine.load(config(engine_folder, max_chunk_chars=MAX_CHARS)) as loaded:
+            hanging = [loaded.stream(request, early=False, work=Hanging()) for _ in range(9)]
+            expected = loaded.speak(request).waveform
+            for stream in hanging:
+                stream.close()
+            raising = joined(list(loaded.stream(request, early=False, work=Raising())))
+    finally:
+        released.set()
+    assert np.abs(raising - expected).max() < 1e-6
+
+
+def test_what_an_early_stream_could_not_try_again_is_not_kept(random_turbo: Engine) -> None:
+    kept = Kept()
+    *_, last = random_turbo.stream(text_request(SENTENCE), work=kept)
+    assert last.speech is not None and last.speech.chunks[0].flags
+    time.sleep(0.2)
+    assert not kept
+
+
+def test_two_long_requests_leave_the_finish_to_others_too(turbo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow it is to mark: what waits for its mark is bounded, and takes turns."""
+    give = Outlet._give
+
+    def slowly(self: Outlet, audio: torch.Tensor) -> None:
+        time.sleep(0.02 * len(audio) / SAMPLE_RATE)
+        give(self, audio)
+
+    monkeypatch.setattr(Outlet, "_give", slowly)
+    monkeypatch.setattr(outlet, "MOST_QUEUED_S", 10.0)
+    streams = [turbo.stream(SpeechRequest(text=TEXT * 6, seed=seed), early=False) for seed in (1, 2)]
+    next(streams[0])
+    alone = turbo.submit(SpeechRequest(text=SENTENCE, seed=3))
+    taken = 0
+    while not alone.done():
+        time.sleep(0.01)
+    taken = sum(1 for stream in streams if stream._future.done())
+    assert taken < 2, "it did not wait for all of both"
+    for stream in streams:
+        stream.close()
+
+
+def test_pauses_around_what_cannot_be_spoken_or_is_left_out_stay(turbo: Engine) -> None:
+    dashes, words = "-" * (MAX_CHARS + 50), "The fox went home."
+    text = f"[pause 2s] {dashes}\n\n{words}\n\n{dashes}\n\n[pause 3s] {words}"
+    first, second = turbo.speak(SpeechRequest(text=text, seed=1)).chunks
+    assert first.start_s >= 2.0 and second.start_s - first.end_s >= 3.0
+    segments = (Segment("Hello."), Segment(SENTENCE))
+    spoken = turbo.speak(SpeechRequest(segments=segments, seed=1, pronunciations={"hello": ""}))
+    assert [chunk.text for chunk in spoken.chunks] == [SENTENCE]
+
+
+def test_draining_ends_streams_that_nobody_takes(engine_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.stream, "MAX_AHEAD_S", 3.0)
+    loaded = Engine.load(config(engine_folder, max_chunk_chars=MAX_CHARS))
+    stream = loaded.stream(SpeechRequest(text=TEXT * 2, seed=7), early=False)
+    next(stream)
+    loaded.close(drain=True)
+    assert stream._future.result(0).chunks
+
+
+def test_an_early_stream_goes_on_from_the_tokens_that_were_kept(turbo: Engine) -> None:
+    kept, request = Kept(), SpeechRequest(text=TEXT, seed=7)
+    first = joined(list(turbo.stream(request, work=kept)))
     _wait_for(lambda: len(kept.of("tokens")) == 3)
-    before = random_turbo.stats()["core"]["num_tokens"]
-    assert joined(list(random_turbo.stream(request, work=kept))).size == first.size
-    assert random_turbo.stats()["core"]["num_tokens"] == before
+    before = turbo.stats()["core"]["num_tokens"]
+    assert joined(list(turbo.stream(request, work=kept))).size == first.size
+    assert turbo.stats()["core"]["num_tokens"] == before
 
 
 PROGRAM = """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from engine.errors import SpeechError
 from engine.text import KNOWN_TAGS, is_speakable, plan, splitting
+from engine.text.markup import MARKUP
 from engine.text.planning import PAUSE_S, SEGMENT_PAUSE_S, SHORT_CHUNK_CHARS
 from engine.text.splitting import Break
 from engine.types import Segment
@@ -19,23 +22,51 @@ SENTENCE = "The quick brown fox jumps over the lazy dog. "
 _WORDS = st.sampled_from(
     ["word", "Dr.", "3.5", "http://a.b/c?d=e", "好", "你好世界。", "สวัสดีครับ", "नमस्ते", "한국어", "…", "—", "😀",
      "👩‍👩‍👧", "e\u0301", "[laugh]", "[clear throat]", "\n\n", "!", "?!", '"', "“", "a" * 60, "، ",
-     "\t", "\x00", "\u200d"]
+     "\t", "\x00", "\u200d", "שלום", "مرحبا؟", "\u202babc\u202c", "🇩🇪", "👍🏽", "\ud83d", "i. e.", "M."]
 )  # fmt: skip
+
+
+def _is_plain(text: str) -> bool:
+    """Whether there is something to speak, and no markup but tags."""
+    return any(map(str.isalnum, text)) and all(match[0].lower() in KNOWN_TAGS for match in MARKUP.finditer(text))
+
+
 _TEXTS = (
     st.text(max_size=400)
     | st.lists(_WORDS, max_size=200).map(" ".join)
     | st.lists(_WORDS, max_size=200).map("".join)
     | st.text(st.sampled_from("ab .,!?\n«»\"'好。，😀\u0301\u200d-"), max_size=1200)
-).filter(lambda text: any(map(str.isalnum, text)))
+    | st.text(st.characters(), max_size=300)
+).filter(_is_plain)
 _LANGUAGES = st.sampled_from(["en", "de", "ar", "zh", "ja", "hi", "xx", "th"])
 
 
 def texts_of(text: str, max_chars: int = 280, language: str = "en") -> list[str]:
-    return [chunk.text for chunk in plan([Segment(text)], language=language, max_chars=max_chars)]
+    return [chunk.text for chunk in plan([Segment(text)], language=language, max_chars=max_chars, tags=KNOWN_TAGS)]
 
 
 def without_space(text: str) -> str:
-    return "".join(text.split())
+    return "".join(repaired(text).split())
+
+
+def repaired(text: str) -> str:
+    """A text as UTF-16 has it: half of a character is U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def spans_of(text: str, chunks: list[str]) -> list[tuple[int, int]]:
+    """Where in the text the chunks lie."""
+    spans = [(0, 0)]
+    for chunk in chunks:
+        start = text.index(chunk, spans[-1][1])
+        spans.append((start, start + len(chunk)))
+    return spans[1:]
+
+
+def joins_of(text: str, chunks: list[str]) -> list[int]:
+    """Where in the text a chunk ends and the next begins at once, without white space between."""
+    spans = spans_of(text, chunks)
+    return [end for (_, end), (start, _) in itertools.pairwise(spans) if end == start]
 
 
 @settings(max_examples=300, deadline=None)
@@ -46,6 +77,7 @@ def test_nothing_is_lost_doubled_or_reordered_and_no_chunk_is_longer_than_asked(
     chunks = plan([Segment(text)], language=language, max_chars=max_chars, tags=KNOWN_TAGS)
     assert without_space("".join(chunk.text for chunk in chunks)) == without_space(text)
     position = 0
+    text = repaired(text)
     for index, chunk in enumerate(chunks):
         assert chunk.index == index
         assert 0 < len(chunk.text) <= max_chars
@@ -71,11 +103,10 @@ def test_segments_keep_to_themselves_and_their_order(texts: list[str], max_chars
 def test_a_silent_chunk_is_marked_and_would_fit_in_no_neighbour(text: str, max_chars: int) -> None:
     chunks = plan([Segment(text)], language="en", max_chars=max_chars, tags=KNOWN_TAGS)
     assert any(chunk.speakable for chunk in chunks)
-    for index, chunk in enumerate(chunks):
-        assert chunk.speakable == is_speakable(chunk.text, KNOWN_TAGS)
-        if not chunk.speakable:
-            neighbours = chunks[max(0, index - 1) : index] + chunks[index + 1 : index + 2]
-            assert all(len(chunk.text) + len(neighbour.text) + 1 > max_chars for neighbour in neighbours)
+    assert all(chunk.speakable == is_speakable(chunk.text, KNOWN_TAGS) for chunk in chunks)
+    spans = spans_of(repaired(text), [chunk.text for chunk in chunks])
+    for (left, right), (start, _), (_, end) in zip(itertools.pairwise(chunks), spans, spans[1:], strict=False):
+        assert (left.speakable and right.speakable) or end - start > max_chars
 
 
 @settings(max_examples=200, deadline=None)
@@ -85,6 +116,38 @@ def test_no_cut_parts_a_combining_mark_or_a_joiner_from_its_character(text: str)
     for before, after in itertools.pairwise(chunks):
         if before + after in text and len(before) < 40:
             assert after[0] not in "\u0301\u200d"
+
+
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff]|[^\0-\uffff]")
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=_TEXTS, max_chars=st.integers(70, 300), language=st.sampled_from(["en", "de", "ar", "hi", "xx"]))
+def test_no_cut_goes_through_a_word_or_number_that_fits_in_a_chunk(text: str, max_chars: int, language: str) -> None:
+    text = repaired(text)
+    for join in joins_of(text, texts_of(text, max_chars, language)):
+        before, after = re.search(r"\S+$", text[:join]), re.match(r"\S+", text[join:])
+        assert before and after
+        is_too_long = len(before[0] + after[0]) > max_chars
+        is_in_number = before[0][-1] in ".," and before[0][-2:-1].isdigit() and after[0][0].isdigit()
+        is_in_word = is_of_word(before[0][-1]) and is_of_word(after[0][0])
+        assert is_too_long or not (is_in_word or is_in_number) or _UNSPACED.search(before[0][-1] + after[0][0])
+
+
+def is_of_word(character: str) -> bool:
+    return character.isalnum() or unicodedata.category(character).startswith("M")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sentences=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=50), min_size=1, max_size=20),
+    max_chars=st.integers(120, 300),
+    comma=st.sampled_from(["", ","]),
+)
+def test_no_chunk_of_prose_is_short_unless_it_is_all(sentences: list[list[int]], max_chars: int, comma: str) -> None:
+    text = " ".join(f"{comma} ".join("x" * length for length in words).capitalize() + "." for words in sentences)
+    chunks = texts_of(text, max_chars)
+    assert len(chunks) == 1 or min(map(len, chunks)) >= min(SHORT_CHUNK_CHARS, max_chars // 4)
 
 
 @pytest.mark.parametrize("unit", ["天地玄黄宇宙洪荒、\u0301", "天地玄黄宇宙洪荒。\u0301", "x\u200d、\u200d"])
@@ -120,10 +183,45 @@ def test_abbreviations_do_not_end_a_chunk() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("language", "sentences"),
+    [
+        ("en", ["I met J. R. R. Tolkien and C. S. Lewis there.", "Then we left."]),
+        ("en", ["Eat fruit, e.g. apples, i.e. the red ones, vs. pears.", "Then rest."]),
+        ("en", ["Prof. Smith, Mrs. Smith and Mr. Jones of St. John's met at 5 p.m. on Monday.", "We fear Dr. No."]),
+        ("en", ["It costs $3.50, not 3.14 or 2,000.75.", "Version 2.0.1 is here."]),
+        ("en", ["Well... I do not know... perhaps.", "Wait… what?", "Yes."]),
+        ("en", ['"Stop."', "“Really?” she asked.", "“No.”", "They ran."]),
+        ("en", ["What?!", "No!!", "See http://a.b.c/d.html?x=1.", "Done."]),
+        ("en", ["1. The first item.", "2. The second."]),
+        ("de", ["Er kam z. B. am 3. Mai um 5 Uhr.", "Dr. Meier u. a. waren da."]),
+        ("fr", ["M. Dupont dit « Oui. »", "Puis il partit."]),
+        ("es", ["El Sr. García llegó.", "¿Qué tal?", "¡Bien!"]),
+        ("ru", ["Он жил там, т. е. здесь.", "А. С. Пушкин писал."]),
+        ("zh", ["今天很好。", "我们走吧！", "你来吗？", "“好的。”", "他说。"]),
+        ("ja", ["今日は。", "「はい。」", "行きましょう！", "いいですか？"]),
+        ("ar", ["هل أنت بخير؟", "نعم، أنا بخير؛ شكرا.", "مع السلامة!"]),
+        ("ur", ["آپ کیسے ہیں؟", "میں ٹھیک ہوں۔", "شکریہ۔"]),
+        ("hi", ["यह अच्छा है।", "क्या आप आएंगे?", "हाँ॥", "ठीक है।"]),
+    ],
+)
+def test_sentences_end_where_a_reader_ends_them(language: str, sentences: list[str]) -> None:
+    text = ("" if language in ("zh", "ja") else " ").join(sentences)
+    pieces = splitting.split_text(text, 0, len(text), language, 280)
+    assert [text[piece.start : piece.end] for piece in pieces] == sentences
+
+
 def test_a_long_sentence_is_cut_at_its_clauses() -> None:
     clause = "a clause of some thirty letters, "
     for text in texts_of(clause * 20 + "and that is the end.", max_chars=100):
         assert text.endswith((",", "end."))
+
+
+def test_a_wrapped_line_of_prose_is_no_clause_and_a_line_of_verse_is() -> None:
+    wrapped = "a line of prose that goes\non and " * 12 + "ends here."
+    assert any(not text.endswith("goes") for text in texts_of(wrapped, max_chars=100)[:-1])
+    verse = "A line of verse that rhymes\n" * 12 + "And it ends."
+    assert all(text.endswith(("rhymes", "ends.")) for text in texts_of(verse, max_chars=100))
 
 
 @pytest.mark.parametrize("mark", ["，", "、", "；", "،"])
@@ -160,6 +258,15 @@ def test_the_last_chunk_takes_a_sentence_over_rather_than_being_short() -> None:
 def test_a_short_first_sentence_is_not_left_alone_before_a_long_one() -> None:
     chunks = texts_of("Yes. " + "this one goes on, and on, " * 12 + "and ends.", max_chars=200)
     assert min(map(len, chunks)) >= SHORT_CHUNK_CHARS
+
+
+@pytest.mark.parametrize("clause", ["it goes on, ", "it goes on "])
+def test_a_short_sentence_beside_one_that_fills_a_chunk_takes_half_of_it(clause: str) -> None:
+    for text in (f"{clause * 23}and ends. Yes.", f"Yes. {clause * 23}and ends."):
+        chunks = texts_of(text, max_chars=len(text) - 3)
+        assert len(chunks) == 2
+        assert min(map(len, chunks)) > len(text) // 3
+        assert chunks[0].endswith(clause.strip().split()[-1]) or not clause.endswith(", ")
 
 
 def test_symbols_join_the_sentence_before_them() -> None:

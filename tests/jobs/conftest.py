@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -14,7 +15,9 @@ import pytest
 import soundfile
 
 from engine.audio.mastering import resample
+from engine.stream import SpeechStream
 from engine.types import Chunk, Conditionals, ConversionRequest, FloatArray, Speech, SpeechRequest, VoicePrompt
+from engine.work import WorkStore
 from jobs.settings import Settings
 from jobs.voices import Voices, open_library
 from jobs.worker import Worker
@@ -56,6 +59,20 @@ class ToneEngine:
         self.futures.append(future)
         self._answer(request, future)
         return future
+
+    def stream(self, request: SpeechRequest, *, early: bool = True, work: WorkStore | None = None) -> SpeechStream:
+        """What `submit` gives, in one piece."""
+        del early, work
+        whole, future = self.submit(request), Future[Speech]()
+        stream = SpeechStream(future)
+
+        def hand_on(_: Future[Speech]) -> None:
+            speech = whole.result()
+            stream.put_audio(speech.waveform, RATE, len(speech.chunks), len(speech.chunks))
+            future.set_result(dataclasses.replace(speech, waveform=np.zeros(0, np.float32)))
+
+        whole.add_done_callback(hand_on)
+        return stream
 
     def submit_conversion(self, request: ConversionRequest) -> Future[Speech]:
         future: Future[Speech] = Future()

@@ -22,6 +22,16 @@ FIELDS = {name for model in INPUT_MODELS.values() for name in model.model_fields
 KNOWN = sorted(FIELDS | {*FIELD_ALIASES, *IGNORED_FIELDS, *UNSERVED_FIELDS})
 OPERATIONS = [*INPUT_MODELS, "voice_cloning", "voice_transfer", "list_local_voices"]
 NAMES = st.sampled_from(KNOWN) | TEXT
+SEGMENTS = st.fixed_dictionaries(
+    {"text": st.sampled_from(["Hello", "", "😀", "[pause 1s]", "[pause x]"]) | TEXT},
+    optional={
+        "voice_id": TEXT,
+        "voice_name": TEXT,
+        "reference_audio": st.sampled_from(["AAAA", "file:x"]) | VALUES,
+        "language": st.sampled_from(["en", "fr", "xx"]) | VALUES,
+        "pause_after_s": st.floats(0, 90) | VALUES,
+    },
+)
 LIKELY = st.fixed_dictionaries(
     {},
     optional={
@@ -36,6 +46,10 @@ LIKELY = st.fixed_dictionaries(
         "save_to_library": st.booleans(),
         "voice_id": st.sampled_from(["anna", "../x", "é"]) | TEXT,
         "voice_name": st.sampled_from(["Anna", "anna", "Ann", ".."]) | TEXT,
+        "segments": st.lists(SEGMENTS | VALUES, max_size=3) | VALUES,
+        "pronunciations": st.dictionaries(TEXT, TEXT, max_size=3) | VALUES,
+        "subtitles": st.sampled_from(["srt", "vtt"]) | VALUES,
+        "title": TEXT,
     },
 )
 INPUTS = VALUES | st.builds(lambda some, more: {**more, **some}, LIKELY, st.dictionaries(NAMES, VALUES, max_size=4))

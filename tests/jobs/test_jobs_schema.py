@@ -44,11 +44,11 @@ def test_a_job_without_an_input_object_is_invalid(job: dict) -> None:
     assert (caught.value.code, caught.value.field) == ("invalid_request", "input")
 
 
-@pytest.mark.parametrize("operation", ["long_form", "voice_transfers", "list_voice", "sing", "", 3, True, [], {}])
+@pytest.mark.parametrize("operation", ["long_forms", "voice_transfers", "list_voice", "sing", "", 3, True, [], {}])
 def test_an_operation_that_is_not_served_is_refused_with_those_that_are(operation: object) -> None:
     error = refusal(operation=operation, text="Hello")
     assert (error.code, error.field) == ("invalid_request", "operation")
-    assert "tts, voice_clone, voice_conversion, list_voices, get_voice, delete_voice, info" in error.message
+    assert "tts, long_form, voice_clone, voice_conversion, list_voices, get_voice, delete_voice, info" in error.message
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_variables_are_read_and_empty_ones_count_as_not_set(monkeypatch: pytest.
         ("MAX_CONCURRENCY", "0"),
         ("MAX_CONCURRENCY", "many"),
         ("LOG_LEVEL", "loud"),
-        ("STREAMING", "true"),
+        ("STREAMING", "perhaps"),
         ("JOB_TIMEOUT_S", "-1"),
         ("VOICES_DIR", "s3://bucket/voices"),
         ("VOICES_CACHE_BYTES", "-1"),
@@ -96,3 +96,15 @@ def test_settings_are_frozen(settings: Settings) -> None:
 def test_the_table_has_a_row_for_each_setting() -> None:
     table = settings_table()
     assert all(f"| `{name.upper()}` |" in table for name in Settings.model_fields)
+
+
+def test_the_readme_holds_the_table() -> None:
+    assert settings_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_bucket_for_long_jobs_uses_the_credentials_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.setenv("WORK_DIR", "/data/work")
+    assert read_settings().unused == ["BUCKET_SECRET_ACCESS_KEY"]
+    monkeypatch.setenv("WORK_DIR", "s3://bucket/work")
+    assert read_settings().unused == []
