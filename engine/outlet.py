@@ -103,15 +103,20 @@ class Outlet:
 
     def _run(self) -> None:
         """One thing, and then whatever else the pool has to do before the next."""
-        with self._lock:
-            work = self._to_do.popleft()
-        if not self._utterance.future.done():
-            self._try(work)
-        with self._lock:
-            self._is_running = bool(self._to_do)
-            if not self._is_running:
+        while True:
+            with self._lock:
+                work = self._to_do.popleft()
+            if not self._utterance.future.done():
+                self._try(work)
+            with self._lock:
+                self._is_running = bool(self._to_do)
+                if not self._is_running:
+                    return
+            try:
+                self._pool.submit(self._run)
                 return
-        self._pool.submit(self._run)
+            except RuntimeError:  # it is being closed and takes nothing more: the rest is done here
+                continue
 
     def _try(self, work: Callable[[], None]) -> None:
         started = time.perf_counter()

@@ -374,7 +374,7 @@ def test_pauses_around_what_cannot_be_spoken_or_is_left_out_stay(turbo: Engine) 
     dashes, words = "-" * (MAX_CHARS + 50), "The fox went home."
     text = f"[pause 2s] {dashes}\n\n{words}\n\n{dashes}\n\n[pause 3s] {words}"
     first, second = turbo.speak(SpeechRequest(text=text, seed=1)).chunks
-    assert first.start_s >= 2.0 and second.start_s - first.end_s >= 3.0
+    assert first.start_s > 1.99 and second.start_s - first.end_s > 2.99
     segments = (Segment("Hello."), Segment(SENTENCE))
     spoken = turbo.speak(SpeechRequest(segments=segments, seed=1, pronunciations={"hello": ""}))
     assert [chunk.text for chunk in spoken.chunks] == [SENTENCE]
