@@ -164,9 +164,6 @@ class _Wording:
         pauses = (_PAUSE_LETTERS.get(between, 0) for between in self.behind)
         self._letters = [0.0, *itertools.accumulate(map(sum, zip(letters, pauses, self._is_apart, strict=True)))]
 
-    def __len__(self) -> int:
-        return len(self._texts)
-
     def num_columns(self, first: int, last: int) -> int:
         return self._columns[last] - self._columns[first] - self._is_apart[first]
 
