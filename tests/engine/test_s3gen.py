@@ -20,6 +20,7 @@ from engine import noise
 from engine.random_checkpoint import UpstreamModels
 from engine.s3gen.flow import FlowRequest, FlowVoice
 from engine.s3gen.renderer import MAX_PADDING, Pass, Renderer, group_by_length
+from engine.s3gen.streaming import SEAM_SAMPLES, StreamedPass
 from engine.s3gen.vocoder import NUM_HARMONICS, SAMPLES_PER_FRAME, SINE_AMPLITUDE, SourceNoise
 from tests.engine.conftest import Checkpoint, Upstream
 from tests.engine.support import load_our_renderer
@@ -267,6 +268,20 @@ def test_audio_stays_below_full_scale_however_loud_the_mel(renderer: LoadRendere
     waveform = renderer("turbo").vocoder(make_mel(10) * 20, SourceNoise.from_seed(1, 10, torch.device("cpu")))
     assert torch.isfinite(waveform).all()
     assert 0.5 < waveform.abs().max() <= 0.99
+
+
+@torch.inference_mode()
+def test_a_new_rendering_begins_where_the_old_one_would_have_gone_on(renderer: LoadRenderer) -> None:
+    """However much the mel has changed: there is no step at a seam, and 20 ms later the new one is heard alone."""
+    vocoder = renderer("turbo").vocoder
+    before, after = make_mel(60, seed=1)[0], make_mel(90, seed=2)[0]
+    _, heard = StreamedPass(5).speak(vocoder, before, is_last=False)
+    assert heard.tail is not None
+    faded, _ = heard.speak(vocoder, after, is_last=True)
+    alone, _ = dataclasses.replace(heard, tail=torch.zeros_like(heard.tail)).speak(vocoder, after, is_last=True)
+    assert abs(float(faded[0] - heard.tail[0])) < 0.01 * float(heard.tail.abs().max())
+    assert torch.equal(faded[SEAM_SAMPLES:], alone[SEAM_SAMPLES:])
+    assert not torch.equal(faded[:SEAM_SAMPLES], alone[:SEAM_SAMPLES])
 
 
 # ------------------------------------------------------------------------------------------- renderer
