@@ -128,11 +128,13 @@ def test_a_request_that_cannot_be_served_is_told_in_place_of_a_piece(turbo: Engi
 
 def test_no_more_is_rendered_than_is_taken_but_for_a_bound(turbo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.stream, "MAX_AHEAD_S", 5.0)
+    before = turbo.stats()["core"]["num_tokens"]
     stream = turbo.stream(SpeechRequest(text=TEXT * 8, seed=7), early=False)
+    _wait_for(lambda: _is_decoded(turbo, before), seconds=60)
     held = 0.0
-    while stream._ahead_s > held or not held:  # until no more comes
+    while stream._ahead_s > held:  # until no more comes
         held = stream._ahead_s
-        time.sleep(1.0)
+        time.sleep(3.0)
     assert 5.0 < held < 60.0
     assert turbo.speak(SpeechRequest(text=SENTENCE, seed=1)).duration_s > 1, "others are served meanwhile"
     *pieces, last = stream
@@ -195,6 +197,11 @@ def test_no_seam_of_an_early_stream_stands_out(random_turbo: Engine) -> None:
     assert jumps[near[1:]].max() <= jumps[~near[1:]].max()
     assert flux[near_flux].max() <= flux[~near_flux].max()
     assert flux[near_flux].mean() <= 1.15 * flux[~near_flux].mean()
+
+
+def _is_decoded(loaded: Engine, num_tokens_before: int) -> bool:
+    core: dict[str, int] = loaded.stats()["core"]
+    return core["num_tokens"] > num_tokens_before and core["num_waiting_chunks"] == core["num_decoding_chunks"] == 0
 
 
 def _fourier(size: int) -> np.ndarray:
@@ -309,6 +316,8 @@ def test_audio_that_is_not_finite_fails_its_request_and_is_never_kept(
     with pytest.raises(SpeechError) as caught:
         list(random_turbo.stream(text_request(SENTENCE), early=False, work=kept))
     assert caught.value.code == "generation_failed"
+    _wait_for(lambda: len(kept.of("tokens")) == 1)
+    time.sleep(0.5)
     assert not kept.of("audio")
 
 
