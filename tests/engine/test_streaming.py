@@ -391,11 +391,31 @@ def test_pauses_around_what_cannot_be_spoken_or_is_left_out_stay(turbo: Engine) 
 
 def test_draining_ends_streams_that_nobody_takes(engine_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.stream, "MAX_AHEAD_S", 3.0)
+    monkeypatch.setattr(outlet, "MOST_QUEUED_S", 3.0)
     loaded = Engine.load(config(engine_folder, max_chunk_chars=MAX_CHARS))
-    stream = loaded.stream(SpeechRequest(text=TEXT * 2, seed=7), early=False)
+    stream = loaded.stream(SpeechRequest(text=TEXT * 6, seed=7), early=False)
     next(stream)
-    loaded.close(drain=True)
+    closing = threading.Thread(target=lambda: loaded.close(drain=True), daemon=True)
+    closing.start()
+    closing.join(90)
+    assert not closing.is_alive()
     assert stream._future.result(0).chunks
+
+
+def test_passes_that_are_there_before_their_turn_wait_for_it(random_turbo: Engine) -> None:
+    lines = [Segment(f"Line {i} says that the fox went home to its own hill.") for i in range(8)]
+
+    def speak(num_lines: int, kept: Kept) -> FloatArray:
+        request = SpeechRequest(segments=tuple(lines[:num_lines]), seed=7, max_new_tokens=20)
+        return joined(list(random_turbo.stream(request, early=False, work=kept)))
+
+    kept, first = Kept(), Kept()
+    expected = speak(8, kept)
+    speak(1, first)
+    _wait_for(lambda: len(kept.of("audio")) == 2 and len(first.of("tokens")) == 1)
+    for key in first.of("tokens"):
+        del kept[key]  # so the first pass must be decoded again, while the second is there at once
+    assert np.array_equal(speak(8, kept), expected)
 
 
 def test_an_early_stream_goes_on_from_the_tokens_that_were_kept(turbo: Engine) -> None:
