@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import cachetools
@@ -217,6 +218,14 @@ class DraftEngine:
         self._pool.shutdown(wait=True)
         for thread in streams:
             thread.join()
+
+    def __enter__(self) -> DraftEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _start(self, work: Callable[[_Job], Speech]) -> Future[Speech]:
         job = _Job(Future(), self._closed)

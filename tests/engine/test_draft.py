@@ -27,9 +27,8 @@ LONG_TEXT = " ".join(f"Sentence number {number} says that all work and no play i
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DraftEngine]:
-    engine = DraftEngine.load(UNMARKED)
-    yield engine
-    engine.close()
+    with DraftEngine.load(UNMARKED) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -307,6 +307,7 @@ def test_what_is_damaged_is_made_again(random_turbo: Engine) -> None:
         _wait_for(lambda: dict(kept) == whole)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_audio_that_is_not_finite_fails_its_request_and_is_never_kept(
     random_turbo: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
