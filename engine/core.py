@@ -101,7 +101,7 @@ class Core:
             fail=lambda serving, error: self._fail(serving.utterance, error),
             beside=render_beside,
         )
-        self._is_closing = False
+        self._is_closing = self._has_ended = False
         self._num_tokens = self._num_retries = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -114,6 +114,8 @@ class Core:
         # After the utterance, so that a cancellation is never read before what it cancels. Whatever else ends it,
         # such as an outlet that cannot go on, ends its work here too.
         utterance.future.add_done_callback(lambda _: self._inbox.put(_Cancel(utterance.id)))
+        if self._has_ended:  # nobody reads the inbox any more; what came before was read
+            fail(utterance, SpeechError("cancelled", "the engine is closed"))
 
     def look(self) -> None:
         """Tell that an outlet which was far ahead may be so no more."""
@@ -136,6 +138,8 @@ class Core:
                 self._turn()
             except Exception as error:  # a fault of ours: no request may wait for ever because of it
                 self._fail_all(error)
+        self._has_ended = True
+        self._read_inbox(wait=False)  # what came since the last look is refused
 
     def _turn(self) -> None:
         is_idle = not self._rows and not len(self._scheduler)

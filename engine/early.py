@@ -6,7 +6,7 @@ costs the voice's prompt every time. What waits longer than that is rendered in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class EarlyPass:
         num_tokens: that were rendered.
         group_tokens: how many more the next rendering waits for.
         is_rendering: whether one is under way.
+        num_renderings: of all passes so far.
     """
 
     heard: StreamedPass
@@ -38,7 +39,7 @@ class EarlyPass:
     num_tokens: int = 0
     group_tokens: int = FIRST_GROUP_TOKENS
     is_rendering: bool = False
-    num_renderings: int = field(default=0)
+    num_renderings: int = 0
 
 
 @dataclass(frozen=True)

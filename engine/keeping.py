@@ -13,8 +13,9 @@ import io
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import soundfile
@@ -46,7 +47,6 @@ class KeepPool:
     def __init__(self) -> None:
         self._readers, self._writers = ThreadPoolExecutor(8, "look-up"), ThreadPoolExecutor(4, "keep")
         self._places = threading.Semaphore(MOST_WAITING_TO_BE_KEPT)
-        self._waiting: set[Future[None]] = set()
 
     def read(self, work: Callable[[], None]) -> None:
         """Do something that waits for the store."""
@@ -61,17 +61,14 @@ class KeepPool:
         if not self._places.acquire(blocking=False):
             _log.warning("the work store is too slow: something was not kept")
             return
-        future = self._writers.submit(work)
-        self._waiting.add(future)
-        future.add_done_callback(self._done)
-
-    def _done(self, future: Future[None]) -> None:
-        self._places.release()
-        self._waiting.discard(future)
+        self._writers.submit(work).add_done_callback(lambda _: self._places.release())
 
     def close(self) -> None:
         """Let what is being kept come to its end, within bounds."""
-        wait(set(self._waiting), timeout=CLOSE_WITHIN_S)
+        until_s = time.monotonic() + CLOSE_WITHIN_S
+        for _ in range(MOST_WAITING_TO_BE_KEPT):  # all places are free when nothing is being kept
+            if not self._places.acquire(timeout=max(0.0, until_s - time.monotonic())):
+                break
         for pool in (self._readers, self._writers):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -100,7 +97,7 @@ class Keeper:
         """Keep a chunk that is done; returns at once."""
         about = {"attempts": chunk.attempts, "flags": list(chunk.flags)}
         data = serialization.to_bytes({"tokens": chunk.spoken_tokens}, about)
-        self._pool.write(lambda: self._put(chunk.kept_as, data))
+        self._pool.write(lambda: self._put(chunk.kept_as, lambda: data))
 
     def look_for_audio(self, key: str, found: Callable[[Tensor | None], None]) -> None:
         """Fetch a pass's audio, float32 (samples,) on the host, for `found`, in a thread of the pool."""
@@ -116,7 +113,7 @@ class Keeper:
 
     def save_audio(self, key: str, waveform: Tensor) -> None:
         """Keep a pass's audio, which is on the grid of `to_24_bits`; returns at once."""
-        self._pool.write(lambda: self._put(key, _to_flac(waveform.cpu().numpy())))
+        self._pool.write(lambda: self._put(key, lambda: _to_flac(waveform.cpu().numpy())))
 
     def audio_key(self, voice_key: str, tokens: IntArray, seed: int) -> str:
         """Of a pass."""
@@ -138,8 +135,9 @@ class Keeper:
         content = json.dumps([FORMAT, self._made_by, *parts], sort_keys=True).encode()
         return f"{kind}/{hashlib.blake2b(content, digest_size=20).hexdigest()}"
 
-    def _put(self, key: str, data: bytes) -> None:
+    def _put(self, key: str, make: Callable[[], bytes]) -> None:
         try:
+            data = make()
             self._store.put(key, _digest(data) + data)
         except Exception:  # a favour and never a condition
             _log.exception("%s could not be kept", key)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.compiler import Kernel, Vectors, host_vectors, load_arguments, share_of, splat
-from engine.kernels.parts import declarations, float_ir
+from engine.kernels.parts import all_lanes, declarations
 
 _PI_PARTS = (3.140625, 0.0009670257568359375, 6.2771141529083252e-07)
 """π in three: the first two have few enough bits for their products with whole numbers up to 2^13 to be exact."""
@@ -142,18 +142,17 @@ def _activate_ir(vectors: Vectors) -> str:
     def fma(a: str, b: str, c: str) -> str:
         return f"call {floats} @llvm.fma.v{lanes}f32({floats} {a}, {floats} {b}, {floats} {c})"
 
-    def all_lanes(value: float) -> str:
-        return f"<{', '.join([f'float {float_ir(value)}'] * lanes)}>"
-
-    reduced = "".join(f"\n  %r{n + 1} = {fma('%k', all_lanes(-part), f'%r{n}')}" for n, part in enumerate(_PI_PARTS))
+    pi_parts, sine = ([all_lanes(value, lanes) for value in values] for values in (_PI_PARTS, _SINE))
+    reduced = "".join(f"\n  %r{n + 1} = {fma('%minus.k', part, f'%r{n}')}" for n, part in enumerate(pi_parts))
     horner = "".join(
-        f"\n  %p{n} = {fma(f'%p{n + 1}', '%square', all_lanes(_SINE[n]))}" for n in reversed(range(len(_SINE) - 1))
-    ).replace(f"%p{len(_SINE) - 1}", all_lanes(_SINE[-1]))
+        f"\n  %p{n} = {fma(f'%p{n + 1}', '%square', sine[n])}" for n in reversed(range(len(sine) - 1))
+    ).replace(f"%p{len(sine) - 1}", sine[-1])
     return f"""
 define internal {floats} @activate({floats} %x, {floats} %alphas, {floats} %inverses) alwaysinline {{
   %r0 = fmul {floats} %x, %alphas
-  %turns = fmul {floats} %r0, {all_lanes(1.0 / math.pi)}
-  %k = call {floats} @llvm.rint.v{lanes}f32({floats} %turns){reduced}
+  %turns = fmul {floats} %r0, {all_lanes(1.0 / math.pi, lanes)}
+  %k = call {floats} @llvm.rint.v{lanes}f32({floats} %turns)
+  %minus.k = fneg {floats} %k{reduced}
   %square = fmul {floats} %r3, %r3{horner}
   %sine = fmul {floats} %p0, %r3
   %power = fmul {floats} %sine, %sine

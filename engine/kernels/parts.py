@@ -30,23 +30,25 @@ def float_ir(value: float) -> str:
     return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
 
 
+def all_lanes(value: float, lanes: int) -> str:
+    """A constant register with the value in every lane."""
+    return f"<{', '.join([f'float {float_ir(value)}'] * lanes)}>"
+
+
 def exp2_ir(vectors: Vectors) -> str:
     """IR of `@exp2`, 2^x for x ≤ 0: the whole part into the exponent, the rest by Horner's rule; NaN stays NaN."""
     floats, lanes = vectors.floats, vectors.lanes
     integers = f"<{lanes} x i32>"
 
-    def all_lanes(value: float) -> str:
-        return f"<{', '.join([f'float {float_ir(value)}'] * lanes)}>"
-
-    coefficients = [math.log(2.0) ** n / math.factorial(n) for n in range(_EXP2_TERMS)]
+    terms = [all_lanes(math.log(2.0) ** n / math.factorial(n), lanes) for n in range(_EXP2_TERMS)]
     horner = "".join(
         f"""
-  %p{n} = call {floats} @llvm.fma.v{lanes}f32({floats} %p{n + 1}, {floats} %f, {floats} {all_lanes(coefficients[n])})"""
+  %p{n} = call {floats} @llvm.fma.v{lanes}f32({floats} %p{n + 1}, {floats} %f, {floats} {terms[n]})"""
         for n in reversed(range(_EXP2_TERMS - 1))
-    ).replace(f"%p{_EXP2_TERMS - 1}", all_lanes(coefficients[-1]))
+    ).replace(f"%p{_EXP2_TERMS - 1}", terms[-1])
     return f"""
 define internal {floats} @exp2({floats} %x) alwaysinline {{
-  %clamped = call {floats} @llvm.maxnum.v{lanes}f32({floats} %x, {floats} {all_lanes(-126.0)})
+  %clamped = call {floats} @llvm.maxnum.v{lanes}f32({floats} %x, {floats} {all_lanes(-126.0, lanes)})
   %n = call {floats} @llvm.rint.v{lanes}f32({floats} %clamped)
   %f = fsub {floats} %clamped, %n{horner}
   %n.int = fptosi {floats} %n to {integers}

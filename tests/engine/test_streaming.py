@@ -350,6 +350,21 @@ def test_a_store_that_hangs_or_raises_harms_no_request_but_its_own(engine_folder
     assert np.abs(raising - expected).max() < 1e-6
 
 
+def test_a_request_that_waits_for_its_store_while_the_engine_closes_is_told(engine_folder: Path) -> None:
+    released = threading.Event()
+
+    class Hanging(Kept):
+        def get(self, key: str, default: object = None) -> None:  # type: ignore[override]
+            released.wait(60)
+
+    with Engine.load(config(engine_folder, max_chunk_chars=MAX_CHARS)) as loaded:
+        stream = loaded.stream(SpeechRequest(text=SENTENCE, seed=7), early=False, work=Hanging())
+        time.sleep(0.2)
+    released.set()
+    error = stream._future.exception(timeout=30)
+    assert isinstance(error, SpeechError) and error.code == "cancelled"
+
+
 def test_what_an_early_stream_could_not_try_again_is_not_kept(random_turbo: Engine) -> None:
     kept = Kept()
     *_, last = random_turbo.stream(text_request(SENTENCE), work=kept)
