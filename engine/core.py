@@ -24,6 +24,7 @@ from engine.scheduler import Scheduler, Ticket
 from engine.t3.decoder import DecodedRow, Decoder, DecodeRequest
 from engine.utterance import Utterance, as_speech_error, fail, is_out_of_memory, valid_tokens
 from engine.voices import PreparedVoices
+from engine.watch import DeviceWatch, lost
 
 STEPS_PER_LOOK = 8
 """Decoding steps between two looks at which rows have ended."""
@@ -75,6 +76,7 @@ class Core:
         decoder: T3's rows.
         renderer: S3Gen.
         voices: prepared voices.
+        watch: knows whether the device still works.
         render_beside: render in a thread of its own, beside decoding (CUDA), not between steps (CPU).
     """
 
@@ -84,10 +86,11 @@ class Core:
         decoder: Decoder,
         renderer: Renderer,
         voices: PreparedVoices,
+        watch: DeviceWatch,
         *,
         render_beside: bool = False,
     ) -> None:
-        self._spec, self._decoder, self._voices = spec, decoder, voices
+        self._spec, self._decoder, self._voices, self._watch = spec, decoder, voices, watch
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._scheduler = Scheduler()
         self._served: dict[int, Serving] = {}
@@ -150,14 +153,18 @@ class Core:
 
     def _fail_all(self, error: Exception) -> None:
         """Let go of every utterance, even where the device no longer answers."""
+        if self._watch.look(error):
+            error = lost()
         for serving in list(self._served.values()):
             utterance = serving.utterance
             try:
-                self._fail(utterance, error)
+                self._drop(utterance.id)
             except Exception:
                 _log.exception("the engine could not let go of an utterance")
                 self._forget(utterance.id)
-                fail(utterance, SpeechError("generation_failed", "the engine failed on this request"))
+            fail(utterance, as_speech_error(error))
+        if self._watch.is_lost:  # what is in a row can no longer be told to leave it
+            self._rows = {}
 
     def _read_inbox(self, *, wait: bool) -> None:
         while True:
@@ -172,6 +179,8 @@ class Core:
         match message:
             case _Add(serving) if self._is_closing:
                 fail(serving.utterance, SpeechError("cancelled", "the engine is closing"))
+            case _Add(serving) if self._watch.is_lost:
+                fail(serving.utterance, lost())
             case _Add(serving):
                 self._served[serving.utterance.id] = serving
                 self._queue(serving)
@@ -237,7 +246,8 @@ class Core:
             if is_out_of_memory(error) and self._shrink():
                 return
             for job in {ticket.job for ticket in self._rows.values()}:
-                self._fail(self._served[job].utterance, error)
+                if job in self._served:  # else an error before it spoiled the device, and ended all
+                    self._fail(self._served[job].utterance, error)
             return
         elapsed = time.perf_counter() - started
         for job in {ticket.job for ticket in self._rows.values()}:
@@ -302,8 +312,13 @@ class Core:
             self._rendering.drop(serving)
 
     def _fail(self, utterance: Utterance, error: Exception) -> None:
-        self._drop(utterance.id)
-        fail(utterance, as_speech_error(error))
+        """End one request, and where its error spoiled the device, all of them."""
+        if self._watch.look(error):
+            fail(utterance, as_speech_error(error))
+            self._fail_all(lost())
+        else:
+            self._drop(utterance.id)
+            fail(utterance, as_speech_error(error))
 
 
 def _is_looping(row: DecodedRow) -> bool:

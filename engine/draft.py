@@ -210,6 +210,13 @@ class DraftEngine:
         with self._lock:
             return {"model": self.model, "num_spoken": self._num_spoken, "num_cached_voices": len(self._voices)}
 
+    is_lost = False
+    """It needs no device that could fail for good."""
+
+    def free_bytes(self) -> dict[str, int]:
+        """Nothing to speak of is needed, so nothing is said."""
+        return {}
+
     def close(self) -> None:
         """Give up what is under way (`cancelled`) and wait for the threads."""
         with self._lock:

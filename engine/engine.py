@@ -57,6 +57,7 @@ from engine.types import (
 )
 from engine.utterance import Utterance, as_speech_error
 from engine.voices import ConditionalsCache, PreparedVoices
+from engine.watch import DeviceWatch
 from engine.work import WorkStore
 
 MAX_TEXT_POSITIONS = 640
@@ -128,11 +129,13 @@ class Engine:
         # These wait for a store, which may be across a network and hang: nobody else's work waits in them.
         self._resume_pool = ThreadPoolExecutor(4, "resume")
         self._keep_pool = KeepPool()
+        self._watch = DeviceWatch.of(plan.torch_device)
         self._core = Core(
             self._spec,
             decoder,
             models.renderer,
             voices,
+            self._watch,
             render_beside=plan.device_type == "cuda",
         )
         self._places = threading.Semaphore(config.max_queued)
@@ -264,6 +267,7 @@ class Engine:
     ) -> Future[Speech]:
         if self._is_closed:
             raise SpeechError("cancelled", "the engine is closed")
+        self._watch.check()
         self._count_in(future)
         try:
             pool.submit(self._take_in, accept, future, stream, keeper)
@@ -295,6 +299,7 @@ class Engine:
             utterance = accept(future)
             self._core.submit(utterance, self._outlet(utterance, stream), keeper)
         except BaseException as error:
+            self._watch.look(error)
             if future.set_running_or_notify_cancel():
                 future.set_exception(as_speech_error(error))
 
@@ -310,6 +315,7 @@ class Engine:
             stream,
             self._finish_pool,
             on_taken=self._core.look,
+            on_error=self._watch.look,
             model=self.model,
             warnings=self._plan.warnings,
         )
@@ -326,11 +332,21 @@ class Engine:
         """A prompt's conditionals, computed once.
 
         Raises:
-            SpeechError: reference_too_short, reference_silent.
+            SpeechError: reference_too_short, reference_silent, generation_failed once the device is lost.
         """
-        return self._intake.voices.get(prompt)
+        self._watch.check()
+        try:
+            return self._intake.voices.get(prompt)
+        except BaseException as error:
+            self._watch.look(error)
+            raise
 
     # ---------------------------------------------------------------------------------- about itself
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device failed for good: every request is refused, and only a new process speaks again."""
+        return self._watch.is_lost
 
     @property
     def model(self) -> str:
@@ -387,6 +403,15 @@ class Engine:
             "prefix_cache": dataclasses.asdict(self._prepared.stats()),
             "core": dataclasses.asdict(self._core.stats()),
         }
+
+    def free_bytes(self) -> dict[str, int]:
+        """Memory that requests can still have, by place: the device's name, and "host" where the host says."""
+        free = {} if (host := available_memory()) is None else {"host": host}
+        if self._plan.device_type == "cuda":
+            device = self._plan.torch_device
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free[self._plan.device] = torch.cuda.mem_get_info(device)[0] + unused
+        return free
 
     def close(self, *, drain: bool = False) -> None:
         """Finish what was submitted (drain) or cancel it, and free the models."""

@@ -136,7 +136,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
     available = int(found[1]) * 1024
     limit, used = (_read(root / "sys/fs/cgroup" / name).strip() for name in ("memory.max", "memory.current"))
     if limit.isdigit() and used.isdigit():
-        available = min(available, max(0, int(limit) - int(used)))
+        # What the container has of the page cache, such as weights that were just read, counts as used and is not lost.
+        stat = _read(root / "sys/fs/cgroup/memory.stat")
+        cached = sum(int(size) for size in re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE))
+        available = min(available, max(0, int(limit) - int(used) + cached))
     return available
 
 

@@ -49,6 +49,7 @@ class Outlet:
         stream: gets the audio as it becomes final; None to keep it for the result.
         pool: does the work, one thing of each utterance in turn.
         on_taken: called when a stream that was far ahead may be so no more.
+        on_error: told of what went wrong here, before the request ends with it.
         model: name of the model that speaks.
         warnings: what the result has to say beside the utterance's own.
     """
@@ -62,11 +63,13 @@ class Outlet:
         pool: Executor,
         *,
         on_taken: Callable[[], None],
+        on_error: Callable[[BaseException], object],
         model: str,
         warnings: tuple[str, ...] = (),
     ) -> None:
         self._utterance, self._joiner, self._marking, self._stream = utterance, joiner, marking, stream
-        self._pool, self._on_taken, self._model, self._warnings = pool, on_taken, model, warnings
+        self._pool, self._on_taken, self._on_error = pool, on_taken, on_error
+        self._model, self._warnings = model, warnings
         self._kept: list[FloatArray] = []
         self._to_do: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
@@ -123,6 +126,7 @@ class Outlet:
         try:
             work()
         except BaseException as error:
+            self._on_error(error)
             fail(self._utterance, as_speech_error(error))
         self._utterance.add_time("master", time.perf_counter() - started)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,35 @@ def test_the_gpu_speaks_as_the_cpu_does_in_float32(tiny_checkpoint: Checkpoint) 
         with Engine.load(config) as loaded:
             waveforms.append(loaded.speak(request(1, top_k=1, max_new_tokens=8)).waveform)
     np.testing.assert_allclose(waveforms[0], waveforms[1], atol=1e-2)
+
+
+LOSES_ITS_DEVICE = """
+import sys
+import torch
+from engine import Engine, EngineConfig, SpeechError, SpeechRequest
+from engine.t3.decoder import Decoder
+
+def spoil(*_):
+    torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")].cpu()  # a failed assertion inside a kernel
+
+with Engine.load(EngineConfig(model="turbo", model_dir=sys.argv[1], device="cuda")) as engine:
+    engine.speak(SpeechRequest(text="Hello.", max_new_tokens=20))
+    Decoder.step = spoil
+    futures = [engine.submit(SpeechRequest(text="Hello there.", max_new_tokens=20)) for _ in range(3)]
+    for future in futures:
+        assert isinstance(future.exception(timeout=60), SpeechError), future
+    assert engine.is_lost
+print("told")
+"""
+
+
+def test_a_spoiled_context_ends_every_request_and_the_engine_can_still_be_closed(tiny_checkpoint: Checkpoint) -> None:
+    ran = subprocess.run(  # a process of its own: no other test could use the device after it
+        [sys.executable, "-c", LOSES_ITS_DEVICE, str(tiny_checkpoint("turbo"))],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.stdout == "told\n", ran.stderr
