@@ -1,6 +1,8 @@
 # make run    set up, then speak test_input.json (MODEL=nano, turbo, ... for real weights; default: the draft voice)
 # make test   set up, then run the tests (ARGS="-k schema" is passed to pytest)
 # make bench  set up, then measure against upstream's code (MODEL=turbo, ROW=all; ARGS="--repeats 1" is passed on)
+# make soak   set up, then run hundreds of jobs through workers that die and a platform that fails (some minutes)
+# make image-steps   perform the Dockerfile's steps in a fresh environment, for which no container engine is needed
 # make lint   make types   make format   make hooks   make languages   make clean
 #
 # Set-up happens once, into .venv, and again when a requirement file changes. It needs Python 3.11 or later
@@ -24,7 +26,8 @@ TORCH_INDEX_cpu := https://download.pytorch.org/whl/cpu
 TORCH_INDEX_cuda := https://download.pytorch.org/whl/cu128
 TORCH_INDEX ?= $(TORCH_INDEX_$(PLATFORM))
 
-RUN_FILES := requirements.txt requirements-draft.txt requirements-upstream.txt constraints/common.txt $(CONSTRAINTS)
+RUN_FILES := requirements.txt requirements-draft.txt requirements-scripts.txt requirements-upstream.txt \
+	constraints/common.txt $(CONSTRAINTS)
 DEV_FILES := requirements-dev.txt constraints/common.txt
 LANGUAGE_FILES := requirements-languages.txt constraints/common.txt
 # A stamp's name holds a checksum of the files it stands for, so that any change of theirs sets up again.
@@ -42,7 +45,7 @@ ifdef MODEL
 export MODEL
 endif
 
-.PHONY: run test bench setup lint format types hooks languages clean
+.PHONY: run test soak bench setup lint format types image-steps hooks languages clean
 .DEFAULT_GOAL := run
 
 run: $(RUN_STAMP)
@@ -50,6 +53,11 @@ run: $(RUN_STAMP)
 
 test: $(DEV_STAMP)
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# Workers, clients and platforms that fail under load, ten thousand jobs from the schema and against it, a batch of
+# thousands of rows.
+soak: $(DEV_STAMP)
+	$(PY) -m pytest -m slow -s tests/test_soak.py tests/jobs/test_jobs_any_input.py tests/scripts/test_submit_batch.py $(ARGS)
 
 # Full-size random weights, written once to .cache (several gigabytes); the figures go to docs/benchmarks.
 bench: BENCH_FILE := docs/benchmarks/$(or $(MODEL),turbo)-$(PLATFORM)
@@ -63,6 +71,7 @@ setup: $(DEV_STAMP)
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(DEV_STAMP)
 	$(PY) -m ruff check --fix .
@@ -70,6 +79,10 @@ format: $(DEV_STAMP)
 
 types: $(DEV_STAMP)
 	$(PY) -m mypy
+
+# For a CPU: what differs in the image are torch's build and its CUDA libraries.
+image-steps: $(DEV_STAMP)
+	$(PY) scripts/image_steps.py --build-arg PLATFORM=cpu --build-arg TORCH_INDEX=$(TORCH_INDEX_cpu) $(ARGS)
 
 hooks: $(DEV_STAMP)
 	$(PY) -m pre_commit install
@@ -90,7 +103,7 @@ $(RUN_STAMP):
 	@rm -f $(VENV)/.run-* $(VENV)/.dev-* $(VENV)/.languages-*
 	@$(PIP) -q --upgrade 'pip>=25'
 	@$(PIP) --no-deps --retries 1 --timeout 15 $(addprefix --extra-index-url ,$(TORCH_INDEX)) -c $(CONSTRAINTS) torch >&2
-	@$(PIP) -q -c $(CONSTRAINTS) -r requirements.txt -r requirements-draft.txt
+	@$(PIP) -q -c $(CONSTRAINTS) -r requirements.txt -r requirements-draft.txt -r requirements-scripts.txt
 	@$(PIP) -q --no-deps -c $(CONSTRAINTS) -r requirements-upstream.txt
 	@$(PY) -c 'from engine import upstream; upstream.chatterbox(); upstream.perth_network("model.encoder")'
 	@touch $@

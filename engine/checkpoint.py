@@ -152,7 +152,10 @@ def _in_folder(spec: ModelSpec, folder: Path, revision: str | None) -> Checkpoin
             f"{folder} is taken as it is; a revision ({revision}) cannot be had there",
             "model_revision",
         )
-    problems = _problems(spec, folder)
+    try:
+        problems = _problems(spec, folder)
+    except PermissionError as error:
+        problems = [_forbidden(error)]
     if problems:
         raise SpeechError("weights_missing", f"{spec.name}: {folder}: {', '.join(problems)}", "model_dir")
     return Checkpoint(folder, spec, commit)
@@ -161,13 +164,16 @@ def _in_folder(spec: ModelSpec, folder: Path, revision: str | None) -> Checkpoin
 def _in_cache(cache: Path, spec: ModelSpec, revision: str | None) -> tuple[Path | None, str]:
     """The snapshot folder, or None and why not."""
     repository = cache / f"models--{spec.repo_id.replace('/', '--')}"
-    if not repository.is_dir():
-        return None, f"no {spec.repo_id}"
-    commit = _cached_commit(repository, revision)
-    if commit is None:
-        return None, f"no revision {revision or 'main'} of {spec.repo_id}"
-    snapshot = (repository / "snapshots" / commit).absolute()
-    problems = _problems(spec, snapshot)
+    try:
+        if not repository.is_dir():
+            return None, f"no {spec.repo_id}"
+        commit = _cached_commit(repository, revision)
+        if commit is None:
+            return None, f"no revision {revision or 'main'} of {spec.repo_id}"
+        snapshot = (repository / "snapshots" / commit).absolute()
+        problems = _problems(spec, snapshot)
+    except PermissionError as error:  # a volume on which another user, such as root, keeps files to itself
+        return None, _forbidden(error)
     return (None, f"revision {commit}: {', '.join(problems)}") if problems else (snapshot, "complete")
 
 
@@ -195,6 +201,10 @@ def _from_hub(spec: ModelSpec, revision: str | None, cache: Path, progress: Prog
     return (None, f"{spec.repo_id} there: {', '.join(problems)}") if problems else (folder, "complete")
 
 
+def _forbidden(error: PermissionError) -> str:
+    return f"{error.filename} cannot be read by user {os.geteuid()}, as which this process runs"
+
+
 def _missing(spec: ModelSpec, revision: str | None, looked: Sequence[str]) -> SpeechError:
     pin = f" --revision {revision}" if revision else ""
     names = " ".join(spec.required_files)
@@ -202,7 +212,8 @@ def _missing(spec: ModelSpec, revision: str | None, looked: Sequence[str]) -> Sp
         "weights_missing",
         f"{spec.name}: the weights were not found ({', '.join(spec.required_files)}). "
         f"Looked in {'; '.join(looked)}. "
-        f"Fetch them with `make run MODEL={spec.name}` or `hf download {spec.repo_id} {names} conds.pt{pin}`, "
+        f"Fetch them with `make run MODEL={spec.name}`, `python scripts/download_models.py {spec.name}{pin}` or "
+        f"`hf download {spec.repo_id} {names} conds.pt{pin}`, "
         "or set MODEL_DIR to a folder that holds them.",
         "model",
     )

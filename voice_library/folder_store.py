@@ -24,6 +24,8 @@ _FOLDER_ATTEMPTS = 5
 """Another worker may remove a folder that just became empty between our making it and our using it."""
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM})
+
 
 class FolderStore:
     """Blobs as files under a folder, which is made when the first one is written.
@@ -126,7 +128,7 @@ class FolderStore:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = (error.strerror or str(error)) + (_remedy(self._root) if error.errno in _FORBIDDEN else "")
             raise LibraryError("storage_failed", f"could not {verb} {key} in {self._root}: {reason}") from error
 
     def _new_temporary(self) -> Path:
@@ -228,3 +230,9 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _remedy(root: Path) -> str:
+    """A volume belongs to the user who made it, often root: say whose the folder must become."""
+    user = os.geteuid()
+    return f" (this process runs as user {user}: make the folder and give it to that user, chown -R {user} {root})"

@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from scripts.console import complain as complain
+from scripts.console import err, table
+from scripts.console import print_json as print_json
+from scripts.console import say as say
 from voice_library import Problem, Voice
 from voice_library.legacy import ImportReport
-
-WIDTH = 160
-"""Where there is no terminal to ask."""
-
-
-def out() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-
-
-def err() -> Console:
-    return Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, highlight=False)
-
-
-def say(text: str) -> None:
-    """A line on standard output, in which nothing is taken for markup, and which no width cuts."""
-    out().print(text, markup=False, soft_wrap=True)
-
-
-def complain(text: str) -> None:
-    """A line on standard error."""
-    err().print(text, markup=False, soft_wrap=True)
-
-
-def print_json(content: object) -> None:
-    sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -53,22 +27,6 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
             bar.update(task, advance=done, total=total)
 
         yield step
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    shown = Table(title=title, title_justify="left")
-    for column in columns:
-        shown.add_column(column, overflow="fold")
-    for row in rows:
-        shown.add_row(*(_plain(cell) for cell in row))
-    out().print(shown)
-
-
-def _plain(text: str) -> Any:
-    """Text in which brackets are brackets."""
-    from rich.text import Text
-
-    return Text(text)
 
 
 def print_voices(voices: Sequence[Voice], total: int) -> None:
