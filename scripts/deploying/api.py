@@ -1,0 +1,193 @@
+"""Requests to RunPod's REST API v2.
+
+What only reads, and what may be done twice (PATCH, DELETE), is repeated when the platform is busy (429), ill (5xx) or
+silent. A creation is repeated only where it is known that it did not happen: after 429, or when a look for what it
+should have made has found nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpx
+import tenacity
+
+from scripts.deploying.files import DeployError
+
+API_URL = "https://api.runpod.io/v2"
+TIMEOUT_S = 60.0
+ATTEMPTS = 5
+LONGEST_WAIT_S = 30.0
+LOOKS = 3
+"""For what a creation without an answer may have made: it can take a moment to be listed."""
+
+Json = dict[str, Any]
+
+
+class LaterError(Exception):
+    """Did not work this time.
+
+    Args:
+        why: in words.
+        wait_s: how long the platform asks to wait, if it does.
+        was_refused: whether it is known that nothing was done.
+    """
+
+    def __init__(self, why: str, wait_s: float | None = None, *, was_refused: bool = False) -> None:
+        super().__init__(why)
+        self.wait_s = wait_s
+        self.was_refused = was_refused
+
+
+class Api:
+    """A connection with a key.
+
+    Args:
+        url: of the API, without a slash at the end.
+        key: RUNPOD_API_KEY.
+        wait_s: before something is tried again, the first time; twice as long each further time.
+    """
+
+    def __init__(self, url: str, key: str, wait_s: float = 1.0) -> None:
+        parts = urlsplit(url)
+        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_local):
+            raise DeployError("--api-url: expected https://…; over http a key is sent to this machine only")
+        self._wait_s = wait_s
+        self._client = httpx.Client(
+            base_url=url.rstrip("/"),
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=TIMEOUT_S,
+            follow_redirects=False,  # the key is for this host
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def all_of(self, path: str, key: str) -> list[Json]:
+        """All of a collection; `key` is what the answer calls it."""
+        return list(self._repeated("GET", path).get(key) or [])
+
+    def get(self, path: str) -> Json:
+        return self._repeated("GET", path)
+
+    def update(self, path: str, body: Json) -> Json:
+        return self._repeated("PATCH", path, body)
+
+    def delete(self, path: str) -> None:
+        """Delete; what is not there is deleted."""
+        self._repeated("DELETE", path, none_is_fine=True)
+
+    def create(self, path: str, body: Json, find: Callable[[], Json | None]) -> Json:
+        """Create once.
+
+        Args:
+            find: looks for what should have been created, when the answer was lost.
+        """
+        for attempt in self._attempts():
+            with attempt:
+                try:
+                    return self._request("POST", path, body)
+                except LaterError as error:
+                    if not error.was_refused:
+                        found = self._look(find)
+                        if found is not None:
+                            return found
+                    raise
+        raise AssertionError("unreachable")
+
+    def _look(self, find: Callable[[], Json | None]) -> Json | None:
+        """What a creation without an answer made, if it made anything."""
+        looks = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(LOOKS),
+            wait=self._wait,
+            retry=tenacity.retry_if_result(lambda found: found is None),
+            retry_error_callback=lambda state: None,
+        )
+        return looks(find)
+
+    def _repeated(self, method: str, path: str, body: Json | None = None, *, none_is_fine: bool = False) -> Json:
+        for attempt in self._attempts():
+            with attempt:
+                return self._request(method, path, body, none_is_fine=none_is_fine)
+        raise AssertionError("unreachable")
+
+    def _attempts(self) -> tenacity.Retrying:
+        return tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception_type(LaterError),
+            retry_error_callback=self._give_up,
+        )
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome is not None else None
+        asked_s = error.wait_s if isinstance(error, LaterError) else None
+        growing_s = self._wait_s * 2.0 ** (state.attempt_number - 1)
+        return min(growing_s if asked_s is None else asked_s, LONGEST_WAIT_S)
+
+    def _give_up(self, state: tenacity.RetryCallState) -> Any:
+        error = state.outcome.exception() if state.outcome is not None else None
+        raise DeployError(f"{error}; tried {state.attempt_number} times") from error
+
+    def _request(self, method: str, path: str, body: Json | None = None, *, none_is_fine: bool = False) -> Json:
+        """One try.
+
+        Raises:
+            LaterError: when it may work later.
+            DeployError: when it will not.
+        """
+        what = f"{method} {path}"
+        try:
+            answer = self._client.request(method, path, json=body)
+        except httpx.TransportError as error:
+            why = str(error) or type(error).__name__
+            was_refused = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)  # nothing was sent
+            raise LaterError(f"{what}: no answer ({why})", was_refused=was_refused) from error
+        if answer.status_code == 429:
+            raise LaterError(f"{what}: too many requests (429)", _asked_to_wait(answer), was_refused=True)
+        if answer.status_code >= 500:
+            raise LaterError(f"{what}: {self._told(answer)}", _asked_to_wait(answer))
+        if answer.status_code == 404 and none_is_fine:
+            return {}
+        if answer.status_code in (401, 403):
+            raise DeployError(f"{what}: RUNPOD_API_KEY was refused ({self._told(answer)})")
+        if not answer.is_success:
+            raise DeployError(f"{what}: {self._told(answer)}")
+        return self._content(answer, what)
+
+    def _content(self, answer: httpx.Response, what: str) -> Json:
+        if not answer.content:
+            return {}
+        try:
+            content = answer.json()
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise DeployError(f"{what}: the answer is not what RunPod's REST API v2 gives; is --api-url right?")
+        return content
+
+    def _told(self, answer: httpx.Response) -> str:
+        """The status with RunPod's words, which may repeat what was sent: whoever prints them hides secrets."""
+        try:
+            content = answer.json()
+        except ValueError:
+            content = None
+        words = [str(answer.status_code)]
+        if isinstance(content, dict):
+            told = [content.get("detail") or content.get("title"), *(content.get("errors") or [])]
+            words += [str(each) for each in told if each]
+        return ": ".join(words)
+
+
+def _asked_to_wait(answer: httpx.Response) -> float | None:
+    text = answer.headers.get("Retry-After", "")
+    return float(text) if text.isdecimal() else None
