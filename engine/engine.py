@@ -163,6 +163,7 @@ class Engine:
         with ThreadPoolExecutor(1) as beside:  # half a second each, while the weights wait for the disk
             marking = beside.submit(Watermarker.load) if config.watermark else None
             compiling = beside.submit(compile_kernels) if plan.device_type == "cpu" else None
+            beside.submit(lambda: checkpoint.fingerprint)  # kept by the checkpoint: some MiB read from all over it
             models = _load_models(checkpoint, plan)
             watermarker = marking.result() if marking else None
             if compiling:
@@ -270,7 +271,7 @@ class Engine:
         self._watch.check()
         self._count_in(future)
         try:
-            pool.submit(self._take_in, accept, future, stream, keeper)
+            pool.submit(self._take_in, accept, future, stream, keeper, time.perf_counter())
         except RuntimeError:  # closed since we looked
             future.cancel()
             raise SpeechError("cancelled", "the engine is closed") from None
@@ -292,11 +293,13 @@ class Engine:
         future: Future[Speech],
         stream: SpeechStream | None,
         keeper: Keeper | None,
+        submitted_s: float,
     ) -> None:
         if future.cancelled():
             return
         try:
             utterance = accept(future)
+            utterance.submitted_s = submitted_s  # waiting for this thread was part of the queue
             self._core.submit(utterance, self._outlet(utterance, stream), keeper)
         except BaseException as error:
             self._watch.look(error)

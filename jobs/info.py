@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "chatterbox-tts", "runpod")
 
 
 async def run(request: Info, context: JobContext) -> dict[str, Any]:
-    """Model, device, versions, limits and the engine's own figures."""
+    """Model, device, versions, limits, the engine's own figures and those of the jobs until now."""
     engine = context.engine
     stats = await asyncio.to_thread(engine.stats)
     return {
@@ -35,6 +35,7 @@ async def run(request: Info, context: JobContext) -> dict[str, Any]:
         "versions": await asyncio.to_thread(versions),
         "limits": context.settings.limits,
         "engine": stats,
+        "jobs": context.metrics.totals().report(),
         "voice_library": await _library_stats(context),
         "warnings": list(context.warnings),
     }
