@@ -1,8 +1,9 @@
 """The voice a job asks for: from the text of `reference_audio` to a VoicePrompt, from a name to conditionals.
 
 Everything about a client's bytes is bounded before it is read: the size before decoding base64 or
-opening a file, the duration before decoding samples. Decoding runs in a thread, so that a large
-recording never holds up the jobs beside it.
+opening a file, the duration before decoding samples. A field is first made bytes (`load`), which may
+mean to wait for a server, and then audio, in a thread, so that a large recording never holds up the
+jobs beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 from engine.types import FloatArray, Voice, VoicePrompt
 from jobs.context import JobContext
 from jobs.errors import JobError
+from jobs.fetch import SCHEMES
 from jobs.schema import SpeechInput, VoiceConversion
 from jobs.settings import Settings
 from jobs.voices import Voices, told_as
@@ -34,7 +36,7 @@ RECORDINGS = ("reference_audio", "target_audio")
 """Fields that hold a recording of a voice."""
 
 _VOICE_FIELDS = (*RECORDINGS, "voice_id", "voice_name")  # beside a recording, a name is what to call its voice
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}):")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n\v\f"
 _MAX_WRAPPED = 2  # base64 wrapped in lines, even of four characters each, is not twice as long
@@ -74,8 +76,8 @@ async def resolve(named: tuple[str, str] | None, context: JobContext) -> Resolve
     """Find a voice as `named_voice` gives it; None is the deployment's default.
 
     Raises:
-        JobError: voice_not_found, storage_failed, download_refused, reference_unreadable, reference_too_short,
-            reference_too_long, reference_silent, invalid_request.
+        JobError: voice_not_found, storage_failed, download_refused, download_failed, reference_unreadable,
+            reference_too_short, reference_too_long, reference_silent, invalid_request.
         SpeechError: those of a recording.
     """
     if named is None:
@@ -83,7 +85,8 @@ async def resolve(named: tuple[str, str] | None, context: JobContext) -> Resolve
         return ResolvedVoice(BUILT_IN) if default is None else await _default(default, context)
     field, wanted = named
     if field in RECORDINGS:
-        return ResolvedVoice(REFERENCE, await asyncio.to_thread(read_reference, wanted, field, context))
+        data = await load(wanted, field, context)
+        return ResolvedVoice(REFERENCE, await asyncio.to_thread(read_reference, data, field, context.settings))
     return await _named(wanted, field, context)
 
 
@@ -123,49 +126,70 @@ async def _default(wanted: str, context: JobContext) -> ResolvedVoice:
         raise JobError(error.code, f"DEFAULT_VOICE: {error.message}") from error
 
 
-def read_reference(source: str, field: str, context: JobContext) -> VoicePrompt:
-    """Read a recording that a client sent. Blocks: call it in a thread.
+async def load(source: str, field: str, context: JobContext) -> bytes:
+    """The file that an audio field means.
 
     Args:
-        source: base64, a data URI, or (where local files are allowed) `file:PATH`.
+        source: base64, a data URI, https://…, s3://bucket/key, or (where local files are allowed) `file:PATH`.
         field: name of the input field, for errors.
         context: the job's limits and permissions.
 
     Raises:
-        JobError, SpeechError: as `resolve_voice`.
+        JobError: download_refused, download_failed, reference_too_long, reference_unreadable.
+    """
+    source = source.strip()
+    scheme = _scheme(source)
+    if scheme not in SCHEMES or context.fetch is None:
+        return await asyncio.to_thread(_given, source, scheme, field, context)
+    data = await context.fetch(source, field)
+    context.figures.num_downloads += 1
+    context.figures.num_downloaded_bytes += len(data)
+    return _not_empty(data, field)
+
+
+def read_reference(data: bytes, field: str, settings: Settings) -> VoicePrompt:
+    """Read a recording of a voice. Blocks: call it in a thread.
+
+    Raises:
+        SpeechError: reference_unreadable, reference_too_short, reference_too_long, reference_silent.
     """
     from engine.audio.reading import check_reference
 
-    audio, sample_rate = read_recording(source, field, context, context.settings.max_reference_s)
+    audio, sample_rate = read_recording(data, field, settings.max_reference_s)
     check_reference(audio, sample_rate, field=field)
     return VoicePrompt(audio, sample_rate)
 
 
-def read_recording(source: str, field: str, context: JobContext, max_duration_s: float) -> tuple[FloatArray, int]:
+def read_recording(data: bytes, field: str, max_duration_s: float) -> tuple[FloatArray, int]:
     """As `read_reference`, whatever the recording holds: float32 (T,) mono in [-1, 1] and its rate in Hz."""
     from engine.audio.reading import decode
 
-    data = _fetch(source, field, context.settings, local_files=context.local_files)
     return decode(data, max_duration_s=max_duration_s, field=field)
 
 
-def _fetch(source: str, field: str, settings: Settings, *, local_files: bool) -> bytes:
-    source = source.strip()
-    scheme = _SCHEME.match(source)
-    if scheme is None:
-        return _from_base64(source, field, settings.max_reference_bytes)
-    name = scheme[1].lower()
-    if name == "data":
-        return _from_data_uri(source, field, settings.max_reference_bytes)
-    if name == "file" and local_files:
-        return _from_file(source[scheme.end() :], field, settings.max_reference_bytes)
-    raise JobError("download_refused", _refusal(name), field)
+def _scheme(source: str) -> str:
+    """Of an address, in lower case; "" of base64."""
+    found = _SCHEME.match(source)
+    return found[1].lower() if found else ""
+
+
+def _given(source: str, scheme: str, field: str, context: JobContext) -> bytes:
+    """What is in the field itself, or in a file. Blocks."""
+    max_bytes = context.settings.max_reference_bytes
+    if not scheme:
+        return _from_base64(source, field, max_bytes)
+    if scheme == "data":
+        return _from_data_uri(source, field, max_bytes)
+    if scheme == "file" and context.local_files:
+        return _from_file(source[len("file:") :], field, max_bytes)
+    raise JobError("download_refused", f"{field}: {_refusal(scheme)}", field)
 
 
 def _refusal(scheme: str) -> str:
+    send = "send the recording as base64, data URI, https URL or s3://bucket/key"
     if scheme == "file":
-        return "file: is read in local test mode only; send the recording as base64 or data URI"
-    return f"this worker does not fetch {scheme}: addresses; send the recording as base64 or data URI"
+        return f"file: is read in local test mode only; {send}"
+    return f"this worker does not fetch {scheme}: addresses; {send}"
 
 
 def _from_base64(text: str, field: str, max_bytes: int) -> bytes:

@@ -37,11 +37,12 @@ class NewVoice:
     warnings: tuple[str, ...]
 
 
-def prepare(request: VoiceClone, language: str, voices: Voices, context: JobContext) -> NewVoice:
+def prepare(request: VoiceClone, recording: bytes, language: str, voices: Voices, context: JobContext) -> NewVoice:
     """Read and judge the recording; refuse early what could not be saved. Blocks.
 
     Args:
         request: with the voice's name.
+        recording: the file that `request.reference_audio` means.
         language: of the voice, as the engine calls it; kept if the client said it.
         voices: where to save to.
         context: the job's limits.
@@ -56,9 +57,7 @@ def prepare(request: VoiceClone, language: str, voices: Voices, context: JobCont
         about["language"] = language
     with told_as(_JOBS_NAMES):
         about |= voices.library.check_new(request.voice_name or "", **about)
-        audio, rate = reference.read_recording(
-            request.reference_audio, "reference_audio", context, context.settings.max_reference_s
-        )
+        audio, rate = reference.read_recording(recording, "reference_audio", context.settings.max_reference_s)
         judged = prepare_reference(audio, rate, min_s=context.engine.min_reference_s)
         prompt = VoicePrompt(as_kept(judged.audio), judged.sample_rate)
         conditionals = voices.embed(prompt)

@@ -209,6 +209,32 @@ def test_a_flac_header_that_claims_too_little_does_not_let_the_rest_in() -> None
     assert outcome in ("reference_unreadable", "reference_too_long") or float(outcome) <= 5.0
 
 
+@pytest.mark.parametrize(
+    ("at", "claim"),
+    [
+        (22, struct.pack("<H", 65_535)),  # channels
+        (22, struct.pack("<H", 1_024)),
+        (22, struct.pack("<H", 0)),
+        (24, struct.pack("<I", 0xFFFFFFFF)),  # Hz
+        (24, struct.pack("<I", 0)),
+        (32, struct.pack("<H", 65_535)),  # bytes of a frame
+        (34, struct.pack("<H", 65_535)),  # bits of a sample
+        (20, struct.pack("<H", 0x11)),  # coding: ADPCM, and what is no wav at all
+        (20, struct.pack("<H", 0x55)),
+        (40, struct.pack("<I", 0xFFFFFFF0)),  # bytes of samples
+    ],
+)
+def test_a_header_that_claims_the_impossible_takes_no_memory(at: int, claim: bytes) -> None:
+    data = bytearray(_file("WAV", "PCM_16", 24_000))
+    data[at : at + len(claim)] = claim
+    tracemalloc.start()
+    outcome = _outcome(bytes(data), 600.0)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert outcome == "reference_unreadable" or 0 < float(outcome) <= WHOLE
+    assert peak_bytes < 2e6
+
+
 def test_a_wav_of_unknown_length_as_a_pipe_writes_it_is_read() -> None:
     data = bytearray(_file("WAV", "PCM_16", 24_000))
     data[4:8] = data[40:44] = struct.pack("<I", 0xFFFFFFFF)

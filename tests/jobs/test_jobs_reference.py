@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import urllib.parse
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from engine.errors import SpeechError
 from engine.types import VoicePrompt
 from jobs.context import JobContext
 from jobs.errors import JobError
-from jobs.reference import read_reference
+from jobs.reference import load, read_reference
 from jobs.settings import Settings
 
 Recording = Callable[..., bytes]
@@ -22,7 +23,8 @@ Recording = Callable[..., bytes]
 
 def read(source: str, settings: Settings, *, local_files: bool = False) -> VoicePrompt:
     context = JobContext(engine=None, settings=settings, local_files=local_files)  # type: ignore[arg-type]
-    return read_reference(source, "reference_audio", context)
+    data = asyncio.run(load(source, "reference_audio", context))
+    return read_reference(data, "reference_audio", settings)
 
 
 def code_of(source: str, settings: Settings, *, local_files: bool = False) -> str:
@@ -94,7 +96,7 @@ def test_what_is_not_audio_is_unreadable(data: bytes, settings: Settings) -> Non
 
 
 @pytest.mark.parametrize("source", ["https://x.test/a.wav", "http://x.test/a.wav", "s3://b/a.wav", "ftp://x.test/a"])
-def test_addresses_are_refused(source: str, settings: Settings) -> None:
+def test_without_a_fetcher_addresses_are_refused(source: str, settings: Settings) -> None:
     assert code_of(source, settings) == "download_refused"
 
 
