@@ -1,8 +1,7 @@
 """Fields that clients of other Chatterbox workers send, and what becomes of them here.
 
 A client should be able to point at this worker and be understood: names we have under another name are
-renamed, what has no counterpart is accepted and answered with a warning, and what is known to the job
-API but not served is refused by name. Nothing is dropped without a word.
+renamed, and what has no counterpart is accepted and answered with a warning. Nothing is dropped without a word.
 """
 
 from __future__ import annotations
@@ -45,15 +44,11 @@ IGNORED_FIELDS: Mapping[str, str] = {
     "user_id": "the worker keeps nothing per user",
 }
 
-UNSERVED_FIELDS: Mapping[str, str] = {
-    "idempotency_key": "this worker keeps no results between jobs",
-}
-
 
 def adopt(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Put a client's fields into our names.
 
-    A null counts as not given, and so does `false` where a field is not served or not used.
+    A null counts as not given, and so does `false` where a field is not used.
 
     Args:
         fields: of the job, with the operation in our name.
@@ -62,7 +57,7 @@ def adopt(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         The fields that remain, and a warning for each that was ignored.
 
     Raises:
-        JobError: invalid_request, for a field given under both its names and for one not served.
+        JobError: invalid_request, for a field given under both its names.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     aliases = {**FIELD_ALIASES, **OPERATION_FIELD_ALIASES.get(given.get("operation", ""), {})}
@@ -72,9 +67,6 @@ def adopt(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         if name in IGNORED_FIELDS and name not in aliases:
             if value is not False:
                 warnings.append(f"{name} was ignored: {IGNORED_FIELDS[name]}")
-        elif name in UNSERVED_FIELDS:
-            if value is not False:
-                raise JobError("invalid_request", f"{name} is not served: {UNSERVED_FIELDS[name]}", name)
         else:
             ours[_our_name(name, given, aliases)] = value
     return ours, tuple(warnings)

@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from engine.stream import SpeechStream
 from engine.types import Conditionals, ConversionRequest, Speech, SpeechRequest, VoicePrompt
 from engine.work import WorkStore
+from jobs.metrics import JobFigures, Metrics
 from jobs.settings import Settings
 
 if TYPE_CHECKING:
+    from jobs.bucket import Bucket
+    from jobs.fetch import Fetcher
     from jobs.streaming import Feed
     from jobs.voices import Voices
     from jobs.work import Work
+
+
+TIMEOUT_MARGIN = 0.05
+"""Share of the platform's execution timeout that is kept for answering."""
 
 
 class SpeechEngine(Protocol):
@@ -63,6 +70,13 @@ class SpeechEngine(Protocol):
     def stats(self) -> dict[str, Any]:
         """Figures for `info`."""
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its device failed for good: every request is refused, and only a new process speaks again."""
+
+    def free_bytes(self) -> dict[str, int]:
+        """Memory that requests can still have, by place, where that is known."""
+
     def close(self) -> None:
         """Free the model."""
 
@@ -78,6 +92,19 @@ class Progress:
     describe: Callable[[], str] = str
 
 
+@dataclass
+class Delivered:
+    """Audio that lies in a bucket.
+
+    Args:
+        name: of the object; None as long as there is none.
+        fields: of the result that would have held the audio.
+    """
+
+    name: str | None = None
+    fields: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class JobContext:
     """One job's surroundings; made anew for each job, shared with none.
@@ -91,7 +118,13 @@ class JobContext:
         work: what long jobs keep, or None where that is nowhere.
         report: tells the platform how far the job is, in figures; returns at once.
         progress: filled in by operations that take long.
+        fetch: gets recordings from their addresses; None where none may be named.
         feed: takes the audio while it is spoken; None where the result is to hold it.
+        job_id: the platform's name of the job; None where it has none.
+        bucket: where audio can be delivered to, or None.
+        delivered: filled in when that was done.
+        figures: what there is to count of the job, added by whoever learns of it.
+        metrics: what was counted of all jobs.
         started_s: `time.perf_counter()` when the job arrived.
     """
 
@@ -103,7 +136,13 @@ class JobContext:
     work: Work | None = None
     report: Callable[[dict[str, Any]], None] = lambda _: None
     progress: Progress = field(default_factory=Progress)
+    fetch: Fetcher | None = None
     feed: Feed | None = None
+    job_id: str | None = None
+    bucket: Bucket | None = None
+    delivered: Delivered = field(default_factory=Delivered)
+    figures: JobFigures = field(default_factory=JobFigures)
+    metrics: Metrics = field(default_factory=Metrics)
     started_s: float = field(default_factory=time.perf_counter)
 
     def with_warnings(self, warnings: tuple[str, ...]) -> JobContext:
@@ -118,3 +157,9 @@ class JobContext:
     @property
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.started_s
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Seconds until the job is stopped; None for no end."""
+        limit_s = self.settings.job_timeout_s
+        return max(limit_s * (1 - TIMEOUT_MARGIN) - self.elapsed_s, 0.0) if limit_s else None

@@ -1,35 +1,42 @@
-"""From a waveform to what the client receives: loudness, rate, format, base64, and never too large.
+"""From a waveform to what the client receives: loudness, rate, format, base64 or an address, and never too large.
 
 A result over the platform's limit is lost without a word to anyone, so its serialised size is checked
-here, and the client learns what to ask for instead.
+here, and the client learns what to ask for instead. Audio that a result cannot hold goes to a bucket where there
+is one (`delivery: auto`); where there is none, what is surely too large is refused before it is made.
 """
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.audio import mastering
 from engine.types import FloatArray, Speech
+from jobs import bucket
+from jobs.audio_file import AudioFile
 from jobs.errors import JobError
 from jobs.schema import AudioInput, SpeechInput
+
+if TYPE_CHECKING:
+    from jobs.context import JobContext
 
 _LOUDNESS_TOLERANCE_LU = 0.5
 _WAV_SAMPLE_BYTES = 2
 _MAX_WAV_BYTES = 2**32 - 2**16  # its sizes have 32 bits, and it holds more than its samples
 _BASE64_FIELDS = ("audio", "sample_audio")
+_URL_BYTES = 4_096  # more than a signed address takes
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Audio as it goes into the result.
+    """Audio as it is delivered.
 
     Args:
-        audio_base64: the file, base64.
+        audio: the file.
         format: wav, flac, mp3 or opus.
         sample_rate: Hz.
         duration_s: seconds of audio.
@@ -38,7 +45,7 @@ class Encoded:
         first_audio_s: when there was something to hear, seconds of the job; None for all at once, at its end.
     """
 
-    audio_base64: str
+    audio: AudioFile
     format: str
     sample_rate: int
     duration_s: float
@@ -70,10 +77,8 @@ def encode(speech: Speech, request: AudioInput) -> Encoded:
     waveform = mastering.resample(speech.waveform, speech.sample_rate, sample_rate)
     waveform, warnings = _normalized(waveform, sample_rate, Level.of(request))  # last: a new rate has new peaks
     mastered_s = time.perf_counter()
-    data = _file(waveform, sample_rate, request)
-    audio = base64.b64encode(data).decode("ascii")
     return Encoded(
-        audio_base64=audio,
+        audio=AudioFile.of_bytes(_file(waveform, sample_rate, request)),
         format=request.output_format,
         sample_rate=sample_rate,
         duration_s=speech.duration_s,
@@ -123,17 +128,112 @@ def _normalized(waveform: FloatArray, sample_rate: int, level: Level) -> tuple[F
     return waveform, level.warnings(mastering.measure_lufs(waveform, sample_rate))
 
 
+def check_destination(request: AudioInput, context: JobContext) -> None:
+    """Refuse a delivery that this worker does not have, before anything is done.
+
+    Raises:
+        JobError: invalid_request.
+    """
+    if request.delivery != "s3" or context.bucket is not None:
+        return
+    why = "has no bucket configured (BUCKET_NAME), nor brings the job one (s3Config)"
+    if context.feed is not None:
+        why = "gives its audio in pieces (STREAMING)"
+    raise JobError("invalid_request", f"delivery s3: this worker {why}; use auto or inline", "delivery")
+
+
+def max_inline_bytes(request: AudioInput, context: JobContext) -> int:
+    """Most that a result with its audio may have, if that is certain to be in it; 0 where there is no such limit."""
+    return context.max_result_bytes if context.bucket is None or request.delivery == "inline" else 0
+
+
+async def hand_over(
+    result: dict[str, Any],
+    encoded: Encoded,
+    request: AudioInput,
+    context: JobContext,
+    *,
+    fields: tuple[str, ...] = ("audio",),
+    room_bytes: int = 0,
+    way_out: str | None = None,
+) -> dict[str, Any]:
+    """Put the audio into its result, or into a bucket and its address into the result.
+
+    Args:
+        result: all of it but the audio.
+        encoded: the audio.
+        request: the job, which may ask for the one or the other.
+        context: its surroundings.
+        fields: that hold the audio; those of an address are called so with `_url` behind.
+        room_bytes: for what is added to the result later.
+        way_out: what to tell the client to do about audio that is too large; None for what helps in general.
+
+    Raises:
+        JobError: result_too_large, storage_failed.
+    """
+    limit = context.max_result_bytes
+    num_bytes = await asyncio.to_thread(_num_bytes, result) + len(fields) * encoded.audio.num_base64_chars
+    fits = not limit or num_bytes + room_bytes <= limit
+    if context.bucket is None or request.delivery == "inline" or (request.delivery == "auto" and fits):
+        if limit and num_bytes > limit:
+            raise _too_large(f"is {num_bytes / 1e6:.1f} MB", limit, encoded.format, way_out)
+        return {**dict.fromkeys(fields, await asyncio.to_thread(encoded.audio.as_base64)), **result}
+
+    await asyncio.to_thread(check_result, result, limit and max(limit - room_bytes - _URL_BYTES, 1))
+    started_s = time.perf_counter()
+    title = request.title if isinstance(request, SpeechInput) else None
+    label = bucket.Label(context.job_id, title, encoded.format)
+    name = await bucket.deliver(encoded.audio, label, context.bucket, time_left_s=context.time_left_s)
+    context.delivered.name, context.delivered.fields = name, fields
+    context.figures.num_s3_bytes += encoded.audio.num_bytes
+    upload_s = time.perf_counter() - started_s
+    timings = result["timings"]
+    total_s = timings["total"] + upload_s  # and nobody hears anything before
+    factor = total_s / max(encoded.duration_s, 1e-9)
+    now = {"upload": upload_s, "total": total_s, "first_audio_s": total_s, "real_time_factor": factor}
+    timings |= {name: round(seconds, 4) for name, seconds in now.items()}
+    return {**await addressed(context), **result}
+
+
+async def addressed(context: JobContext) -> dict[str, Any]:
+    """The fields of a result that say where its audio is.
+
+    Raises:
+        JobError: storage_failed.
+    """
+    delivered = context.delivered
+    assert context.bucket is not None and delivered.name is not None
+    try:
+        url = await context.bucket.url(delivered.name)
+    except bucket.BucketError as error:
+        message = f"the audio lies in {context.bucket.describe()}, but no address could be signed: {error.reason}"
+        raise JobError("storage_failed", message) from None
+    lifetime_s = context.settings.bucket_url_lifetime_s
+    return {**{f"{field}_url": url for field in delivered.fields}, "audio_url_expires_s": lifetime_s}
+
+
 def check_result(result: Mapping[str, Any], max_bytes: int) -> None:
     """Make sure that the platform will take this result.
 
     Raises:
         JobError: result_too_large, naming the way out.
     """
+    num_bytes = _num_bytes(result)
+    if max_bytes and num_bytes > max_bytes:
+        # Without audio in it, another format would change nothing.
+        audio_format = result.get("format") if _has_audio(result) else "opus"
+        raise _too_large(f"is {num_bytes / 1e6:.1f} MB", max_bytes, audio_format)
+
+
+def _num_bytes(result: Mapping[str, Any]) -> int:
+    """As the SDK sends it."""
     audio = {name: value for name, value in result.items() if name in _BASE64_FIELDS}  # as long in JSON as it is
     rest = json.dumps({"output": {**result, **dict.fromkeys(audio, "")}}, ensure_ascii=False, allow_nan=False)
-    num_bytes = len(rest.encode("utf-8")) + sum(map(len, audio.values()))
-    if max_bytes and num_bytes > max_bytes:
-        raise _too_large(f"is {num_bytes / 1e6:.1f} MB", max_bytes, result.get("format"))
+    return len(rest.encode("utf-8")) + sum(map(len, audio.values()))
+
+
+def _has_audio(result: Mapping[str, Any]) -> bool:
+    return any(result.get(name) for name in _BASE64_FIELDS)
 
 
 def check_length(

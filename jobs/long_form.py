@@ -21,6 +21,7 @@ from jobs import delivery, reference, speaking, streaming
 from jobs.context import JobContext
 from jobs.delivery import Encoded
 from jobs.errors import JobError
+from jobs.logs import in_context
 from jobs.reference import ResolvedVoice
 from jobs.schema import LongForm, LongFormSegment
 from jobs.settings import Settings
@@ -48,7 +49,7 @@ async def run(request: LongForm, context: JobContext) -> dict[str, Any]:
     Raises:
         JobError, SpeechError: see the job API's codes; those of a segment name it, as in `segments[3].voice_name`.
     """
-    rate, limit = context.engine.sample_rate, context.max_result_bytes
+    rate, limit = context.engine.sample_rate, delivery.max_inline_bytes(request, context)
     delivery.check_output(request, rate, streams=context.feed is not None)
     shortest_s = await asyncio.to_thread(_check_script, request, context.settings)
     delivery.check_length(shortest_s, request, rate, limit)
@@ -57,17 +58,40 @@ async def run(request: LongForm, context: JobContext) -> dict[str, Any]:
     condition_s = context.elapsed_s
 
     work = None if context.work is None else context.work.for_job()
-    speech, encoded = await _spoken(spoken, request, work, context)
-    if work is not None:
-        encoded = dataclasses.replace(encoded, warnings=(*encoded.warnings, *work.warnings))
-    names = ", ".join(dict.fromkeys(voice.name for voice in cast))
-    return await asyncio.to_thread(speaking.result, request, names, speech, encoded, condition_s, context)
+    with _JobThread() as thread:
+        speech, encoded = await _spoken(spoken, request, work, thread, context)
+        if work is not None:
+            encoded = dataclasses.replace(encoded, warnings=(*encoded.warnings, *work.warnings))
+        names = ", ".join(dict.fromkeys(voice.name for voice in cast))
+        about = await asyncio.to_thread(speaking.result, request, names, speech, encoded, condition_s, context)
+        return await _handed_over(about, encoded, request, work, context)
+
+
+async def _handed_over(
+    about: dict[str, Any], encoded: Encoded, request: LongForm, work: JobWork | None, context: JobContext
+) -> dict[str, Any]:
+    """The result; where its audio cannot be delivered, the client learns that little was lost."""
+    try:
+        return await delivery.hand_over(about, encoded, request, context, way_out=_way_out(request, work))
+    except JobError as error:
+        if error.code != "storage_failed" or work is None or not work.holds_any:
+            raise
+        kept = "what was spoken is kept in WORK_DIR: the same job sent again costs little more than the encoding"
+        raise JobError(error.code, f"{error.message}; {kept}", error.field) from error
 
 
 async def _spoken(
-    spoken: SpeechRequest, request: LongForm, work: JobWork | None, context: JobContext
+    spoken: SpeechRequest, request: LongForm, work: JobWork | None, thread: _JobThread, context: JobContext
 ) -> tuple[Speech, Encoded]:
-    """Have it spoken, into a file or into a stream."""
+    """Have it spoken, into a file or into a stream.
+
+    Args:
+        spoken: what the engine is given.
+        request: the job.
+        work: what is kept of it.
+        thread: for the file, which is there as long as the thread.
+        context: the job's surroundings.
+    """
     progress = _Progress(context, work)
     if (feed := context.feed) is not None:
         stream = context.engine.stream(spoken, work=work)
@@ -77,14 +101,14 @@ async def _spoken(
             _check_duration(audio_s, request)
 
         return await streaming.deliver(stream, request, feed, context, note)
-    with _JobThread() as thread:
-        folder = None if context.work is None else context.work.folder
-        spool = await thread.run(Spool, request, context.engine.sample_rate, folder)  # imports scipy
-        thread.at_end(spool.close)
-        check_size = functools.partial(_check_size, spool, request, work, context.max_result_bytes)
-        with contextlib.closing(context.engine.stream(spoken, early=False, work=work)) as pieces:
-            speech = await _take(pieces, spool, thread, progress, check_size)
-        return speech, await _mastered(spool, thread, progress, check_size)
+    folder = None if context.work is None else context.work.folder
+    spool = await thread.run(Spool, request, context.engine.sample_rate, folder)  # imports scipy
+    thread.at_end(spool.close)
+    limit = delivery.max_inline_bytes(request, context)
+    check_size = functools.partial(_check_size, spool, request, work, limit)
+    with contextlib.closing(context.engine.stream(spoken, early=False, work=work)) as pieces:
+        speech = await _take(pieces, spool, thread, progress, check_size)
+    return speech, await _mastered(spool, thread, progress, check_size)
 
 
 async def _take(
@@ -118,15 +142,20 @@ def _check_size(spool: Spool, request: LongForm, work: JobWork | None, max_bytes
     Raises:
         JobError: result_too_large, text_too_long.
     """
-    way_out = None
-    if work is not None and work.holds_any and request.output_format != "opus":
-        way_out = (
-            "what was spoken is kept in WORK_DIR: the same job with output_format opus or mp3 goes on from there "
-            "and costs little more than the encoding"
-        )
+    way_out = _way_out(request, work)
     delivery.check_length(spool.duration_s, request, spool.sample_rate, max_bytes, way_out=way_out)
     delivery.check_file(spool.num_encoded_bytes, request.output_format, max_bytes, way_out=way_out)
     _check_duration(spool.duration_s, request)
+
+
+def _way_out(request: LongForm, work: JobWork | None) -> str | None:
+    """What to do about audio that is too large, where that costs little."""
+    if work is None or not work.holds_any or request.output_format == "opus":
+        return None
+    return (
+        "what was spoken is kept in WORK_DIR: the same job with output_format opus or mp3 goes on from there "
+        "and costs little more than the encoding"
+    )
 
 
 # ---------------------------------------------------------------------------------- what is to be said
@@ -282,7 +311,7 @@ class _JobThread:
 
     async def run(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call what blocks."""
-        call = functools.partial(function, *args, **kwargs)
+        call = in_context(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     def at_end(self, call: Callable[[], None]) -> None:

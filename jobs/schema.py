@@ -10,15 +10,17 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from engine.types import MAX_SEED, PARAMETERS
 from jobs.compat import FIELD_ALIASES, IGNORED_FIELDS, OPERATION_ALIASES, adopt
 from jobs.errors import JobError
+from jobs.s3_config import FIELD as S3_CONFIG
+from jobs.s3_config import S3Config, parse_s3_config
 
 DEFAULT_OPERATION = "tts"
 
@@ -29,6 +31,7 @@ MAX_SEGMENTS = 10_000
 MAX_SEGMENT_PAUSE_S = 60.0
 MAX_PRONUNCIATIONS = 1_000
 MAX_TITLE_CHARS = 200
+MAX_KEY_CHARS = 200
 
 AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
 """pcm is for streams: 16-bit little-endian samples and nothing else."""
@@ -36,6 +39,12 @@ AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
 SubtitleFormat = Literal["srt", "vtt"]
 Delivery = Literal["auto", "inline", "s3"]
 Normalization = Literal["none", "peak", "rms", "loudness"]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected printable characters")
+    return text
 
 
 def _field(expected: str, description: str, **rules: Any) -> Any:
@@ -47,6 +56,11 @@ def _field(expected: str, description: str, **rules: Any) -> Any:
 def _number(low: float, high: float, description: str, *, integer: bool = False) -> Any:
     kind = "an integer" if integer else "a number"
     return _field(f"{kind} from {_plain(low)} to {_plain(high)}", description, ge=low, le=high)
+
+
+def _recording(description: str, **rules: Any) -> Any:
+    wrapped = "base64, data URI, https URL or s3://bucket/key"
+    return _field(f"a recording as {wrapped}", f"{description}: {wrapped}", **rules)
 
 
 def _plain(value: float) -> str:
@@ -66,7 +80,18 @@ class JobInput(BaseModel):
     operation: str = DEFAULT_OPERATION
 
 
-class AudioInput(JobInput):
+class MakingInput(JobInput):
+    """What operations that make or change something share: done once under a key, however often they are asked for."""
+
+    idempotency_key: Annotated[str, AfterValidator(_printable)] | None = _field(
+        f"text of 1 to {MAX_KEY_CHARS} printable characters",
+        "The same job sent again with the same key gets the result that is kept of it",
+        min_length=1,
+        max_length=MAX_KEY_CHARS,
+    )
+
+
+class AudioInput(MakingInput):
     """What operations that give audio share: the seed, and what to deliver."""
 
     mode: Literal["basic", "streaming"] | None = _field(
@@ -92,9 +117,7 @@ class SpeechInput(AudioInput):
     """What operations that speak a text share: how to speak."""
 
     text: str | None = _field("text", "What to say")
-    reference_audio: str | None = _field(
-        "a recording as base64 or data URI", "A recording of the voice: base64 or data URI"
-    )
+    reference_audio: str | None = _recording("A recording of the voice")
     voice_name: str | None = _field("a name", "Name of a voice in the library")
     language: str = _field("a language code such as en", "ISO 639-1 code", default="en")
     temperature: float | None = _parameter("temperature", "Liveliness of the sampling")
@@ -131,9 +154,7 @@ class LongFormSegment(BaseModel):
     text: str = _field("text", "What to say", default=...)
     voice_id: str | None = _field("an id", "Id of a voice in the library")
     voice_name: str | None = _field("a name", "Name of a voice in the library")
-    reference_audio: str | None = _field(
-        "a recording as base64 or data URI", "A recording of the voice: base64 or data URI"
-    )
+    reference_audio: str | None = _recording("A recording of the voice")
     language: str | None = _field("a language code such as en", "ISO 639-1 code")
     pause_after_s: float | None = _number(0.0, MAX_SEGMENT_PAUSE_S, "Silence behind it, seconds")
 
@@ -155,9 +176,7 @@ class VoiceClone(SpeechInput):
     """Speak in the voice of a recording, and say what was made of it."""
 
     operation: Literal["voice_clone"] = "voice_clone"
-    reference_audio: str = _field(
-        "a recording as base64 or data URI", "A recording of the voice: base64 or data URI", default=...
-    )
+    reference_audio: str = _recording("A recording of the voice", default=...)
     voice_name: str | None = _field("a name", "What to call the voice, in the result and in the library")
     save_to_library: bool = _field("true or false", "Keep the voice in the library, as voice_name", default=False)
     voice_id: str | None = _field("an id", "Id to keep the voice under; one is made of its name if there is none")
@@ -172,12 +191,8 @@ class VoiceConversion(AudioInput):
     """Say a recording again in another voice."""
 
     operation: Literal["voice_conversion"] = "voice_conversion"
-    input_audio: str = _field(
-        "a recording as base64 or data URI", "The recording to convert: base64 or data URI", default=...
-    )
-    target_audio: str | None = _field(
-        "a recording as base64 or data URI", "A recording of the voice to convert to: base64 or data URI"
-    )
+    input_audio: str = _recording("The recording to convert", default=...)
+    target_audio: str | None = _recording("A recording of the voice to convert to")
     voice_id: str | None = _field("an id", "Id of a voice in the library")
     voice_name: str | None = _field("a name", "Name of a voice in the library")
     transfer_mode: Literal["embedding", "audio"] | None = _field(
@@ -217,7 +232,7 @@ class GetVoice(VoiceInput):
     operation: Literal["get_voice"] = "get_voice"
 
 
-class DeleteVoice(VoiceInput):
+class DeleteVoice(VoiceInput, MakingInput):
     """Remove a voice from the library."""
 
     operation: Literal["delete_voice"] = "delete_voice"
@@ -243,14 +258,21 @@ INPUT_MODELS: Mapping[str, type[JobInput]] = {
 
 @dataclass(frozen=True)
 class ParsedJob:
-    """A job that may be run: its checked input, and what had to be ignored in it."""
+    """A job that may be run.
+
+    Args:
+        request: its checked input.
+        warnings: what had to be ignored in it.
+        s3_config: the bucket that it brings along; None for none. Not in the input, so that no secret is.
+    """
 
     request: JobInput
     warnings: tuple[str, ...]
+    s3_config: S3Config | None = None
 
 
 def parse_job(job: Mapping[str, Any]) -> ParsedJob:
-    """Turn a platform job `{"id", "input": {…}}` into a checked request.
+    """Turn a platform job `{"id", "input": {…}, "s3Config": {…}}` into a checked request.
 
     Raises:
         JobError: invalid_request, naming the field at fault.
@@ -259,6 +281,7 @@ def parse_job(job: Mapping[str, Any]) -> ParsedJob:
     operation = _operation_of(fields)
     ours, warnings = adopt({**fields, "operation": operation})
     model = INPUT_MODELS[operation]
+    s3_config, more_warnings = _s3_config_of(job, ours.pop(S3_CONFIG, None), model)
     _refuse_unknown(ours, model)
     if isinstance(given := ours.get("segments"), list):
         ours["segments"] = [_known_segment(segment, f"segments[{index}].") for index, segment in enumerate(given)]
@@ -268,7 +291,34 @@ def parse_job(job: Mapping[str, Any]) -> ParsedJob:
     except ValidationError as error:
         raise _first_problem(error, model) from None
     _refuse_contradictions(request)
-    return ParsedJob(request, warnings)
+    return ParsedJob(request, (*warnings, *more_warnings), s3_config)
+
+
+def _s3_config_of(
+    job: Mapping[str, Any], inside: object, model: type[JobInput]
+) -> tuple[S3Config | None, tuple[str, ...]]:
+    """The bucket that a job brings along, beside its input or in it, and what to say of one that is of no use."""
+    beside = job.get(S3_CONFIG)
+    if beside is not None and inside is not None:
+        raise JobError(
+            "invalid_request", f"{S3_CONFIG} is given beside the input and in it; send one of them", S3_CONFIG
+        )
+    if beside is None and inside is None:
+        return None, ()
+    config = parse_s3_config(beside if inside is None else inside)
+    if not issubclass(model, AudioInput):
+        operation = model.model_fields["operation"].default
+        return None, (f"{S3_CONFIG} was ignored: operation {operation} gives no audio",)
+    return config, ()
+
+
+def operation_of(job: Mapping[str, Any]) -> str:
+    """What a job asks for, whatever else may be wrong with it.
+
+    Raises:
+        JobError: invalid_request.
+    """
+    return _operation_of(_input_of(job))
 
 
 def _input_of(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +351,7 @@ def _unknown_message(name: str, model: type[JobInput]) -> str:
     owners = [owner for owner, other in INPUT_MODELS.items() if name in other.model_fields]
     if owners:
         return f"{name} is not a field of operation {operation}, but of {', '.join(owners)}"
-    return f"unknown field {_brief(name)}{_hint(name, model, (*FIELD_ALIASES, *IGNORED_FIELDS))}"
+    return f"unknown field {_brief(name)}{_hint(name, model, (*FIELD_ALIASES, *IGNORED_FIELDS, S3_CONFIG))}"
 
 
 def _hint(name: str, model: type[BaseModel], others: Iterable[str] = ()) -> str:
@@ -404,10 +454,6 @@ def _refuse_output_contradictions(request: AudioInput) -> None:
             "invalid_request",
             f"loudness_lufs goes with audio_normalization loudness, not {request.audio_normalization}",
             "loudness_lufs",
-        )
-    if request.delivery == "s3":
-        raise JobError(
-            "invalid_request", "delivery s3: this worker has no bucket configured; use auto or inline", "delivery"
         )
 
 

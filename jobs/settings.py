@@ -17,11 +17,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.models import DRAFT, MODELS
 
-LOCAL_DEFAULTS: Mapping[str, Any] = {"model": DRAFT, "max_result_bytes": 0, "job_timeout_s": 0.0}
+LOCAL_DEFAULTS: Mapping[str, Any] = {
+    "model": DRAFT,
+    "max_result_bytes": 0,
+    "job_timeout_s": 0.0,
+    "log_format": "text",
+}
 """What differs in local test mode, where there is no platform to set limits. An explicit setting wins."""
 
-_NOT_YET_USED = ("bucket_name",)
-_USED_WITH_A_BUCKET = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
+_USED_WITH_A_BUCKET = ("bucket_endpoint_url", "bucket_region", "bucket_access_key_id", "bucket_secret_access_key")
+_USED_WITH_BUCKET_NAME = ("bucket_prefix",)
 
 _UpperCase = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
 
@@ -41,6 +46,11 @@ class Settings(BaseSettings):
     )
     model_revision: str | None = Field(
         default=None, description="Hugging Face revision (commit, tag or branch) of the weights"
+    )
+    verify_weights: bool = Field(
+        default=False,
+        description="Compare the weights with the hashes recorded when they were fetched, at each start (some seconds "
+        "per GB); off: their sizes only",
     )
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps"
@@ -87,24 +97,56 @@ class Settings(BaseSettings):
     work_dir: str | None = Field(
         default=None,
         description="Where `long_form` jobs keep what is spoken, so that the same job sent again, to any worker, goes "
-        "on from there: a folder, such as one on a network volume, or s3://bucket/prefix",
+        "on from there, and where results are kept (RESULTS_MAX_AGE_H): a folder, such as one on a network volume, or s3://bucket/prefix",
     )
     work_max_age_h: float = Field(
-        default=72.0, ge=1.0, le=87_600.0, description="After how many hours an entry of WORK_DIR is removed"
+        default=72.0, ge=1.0, le=87_600.0, description="After how many hours what a long job keeps is removed"
     )
     work_max_bytes: int = Field(
         default=20_000_000_000,
         ge=1_000_000,
-        description="Most that WORK_DIR holds, bytes; the oldest entries are removed first",
+        description="Most that long jobs keep, bytes, and as much again of results; the oldest is removed first",
+    )
+    results_max_age_h: float = Field(
+        default=24.0,
+        ge=1.0,
+        le=87_600.0,
+        description="For how many hours the result of a job with an `idempotency_key` is kept: in WORK_DIR, else in "
+        "the bucket",
     )
     bucket_endpoint_url: str | None = Field(
-        default=None, description="S3 endpoint of VOICES_URI and WORK_DIR, where it is not Amazon's"
+        default=None, description="S3 endpoint of BUCKET_NAME, VOICES_URI and WORK_DIR, where it is not Amazon's"
     )
-    bucket_name: str | None = Field(default=None, description="S3 bucket for results. Not built yet")
+    bucket_region: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9-]+$", description="Its region; not set means what boto3 finds by itself"
+    )
+    bucket_name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{1,254}$",
+        description="S3 bucket for audio that is larger than MAX_RESULT_BYTES, or of jobs with `delivery` s3; the "
+        "result then holds an address",
+    )
+    bucket_prefix: str = Field(
+        default="",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*/?)*$",
+        max_length=200,
+        description="Beginning of the names of all objects in BUCKET_NAME, such as `speech/`",
+    )
+    bucket_url_lifetime_s: int = Field(
+        default=86_400, ge=60, le=604_800, description="For how long an address can be used, seconds; a week at most"
+    )
     bucket_access_key_id: SecretStr | None = Field(
         default=None, description="S3 access key; not set means what boto3 finds by itself"
     )
     bucket_secret_access_key: SecretStr | None = Field(default=None, description="S3 secret key")
+    reference_buckets: str | None = Field(
+        default=None,
+        description="S3 buckets that jobs may name recordings in, with commas between them; not set means BUCKET_NAME, "
+        "a comma alone none",
+    )
+    fetch_timeout_s: float = Field(
+        default=30.0, ge=1.0, le=3_600.0, description="How long fetching a recording from its address may take, seconds"
+    )
     max_text_chars: int = Field(
         default=5_000, ge=1, le=500_000, description="Longest text of a `tts` or `voice_clone` job, characters"
     )
@@ -135,6 +177,21 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], _UpperCase] = Field(
         default="INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL"
     )
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="Form of the log's lines: json, an object each, or text (text in local test mode)"
+    )
+    log_content: bool = Field(
+        default=False,
+        description="Let the log quote what clients sent: the beginning of each text, errors in full. Never "
+        "recordings, secrets of this worker or queries of URLs",
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65_535,
+        description="Port on which Prometheus finds figures of jobs and engine, on all interfaces; 0 for one that is "
+        "free, which the log names; not set for none",
+    )
 
     @model_validator(mode="after")
     def _one_library(self) -> Settings:
@@ -156,6 +213,12 @@ class Settings(BaseSettings):
         wanted = [name.strip() for name in (self.preload_voices or "").split(",") if name.strip()]
         return int(wanted[0]) if len(wanted) == 1 and wanted[0].isdecimal() else tuple(wanted)
 
+    @property
+    def allowed_reference_buckets(self) -> frozenset[str]:
+        """REFERENCE_BUCKETS, or what stands in for it."""
+        names = (self.bucket_name or "") if self.reference_buckets is None else self.reference_buckets
+        return frozenset(name.strip() for name in names.split(",")) - {""}
+
     def for_local_test(self) -> Settings:
         """These settings with `LOCAL_DEFAULTS` where the environment says nothing."""
         unset = {name: value for name, value in LOCAL_DEFAULTS.items() if name not in self.model_fields_set}
@@ -163,10 +226,13 @@ class Settings(BaseSettings):
 
     @property
     def unused(self) -> list[str]:
-        """Variables that are set although this version does not use them yet."""
+        """Variables that are set and mean nothing without others."""
         has_bucket = any((place or "").startswith("s3:") for place in (self.voices_uri, self.work_dir))
-        names = _NOT_YET_USED if has_bucket else (*_NOT_YET_USED, *_USED_WITH_A_BUCKET)
-        return [name.upper() for name in names if getattr(self, name) is not None]
+        has_bucket |= bool(self.allowed_reference_buckets)
+        has_bucket |= self.bucket_name is not None
+        names = [] if has_bucket else [*_USED_WITH_A_BUCKET]
+        names += [] if self.bucket_name else [*_USED_WITH_BUCKET_NAME]
+        return [name.upper() for name in names if getattr(self, name)]
 
     @property
     def limits(self) -> dict[str, float | None]:
@@ -213,7 +279,7 @@ def settings_table() -> str:
 
 
 def _default_text(field: FieldInfo) -> str:
-    if field.default is None:
+    if field.default in (None, ""):
         return "–"
     if isinstance(field.default, bool):
         return "on" if field.default else "off"

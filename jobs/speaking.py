@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -62,18 +63,33 @@ def checked_language(language: str, spoken: Sequence[str]) -> str:
 
 
 async def speak(
-    request: SpeechInput, text: str, language: str, voice: ResolvedVoice, context: JobContext
+    request: SpeechInput,
+    text: str,
+    language: str,
+    voice: ResolvedVoice,
+    context: JobContext,
+    *,
+    fields: tuple[str, ...] = ("audio",),
+    room_bytes: int = 0,
 ) -> dict[str, Any]:
-    """Speak `text` and build the result of the job API; its audio is in it, or was streamed.
+    """Speak `text` and build the result of the job API; its audio is in it or in a bucket, or was streamed.
 
     Cancelling the coroutine cancels the engine's work.
+
+    Args:
+        request: the job.
+        text, language: what to say, checked.
+        voice: who says it.
+        context: the job's surroundings.
+        fields, room_bytes: as of `delivery.hand_over`.
 
     Raises:
         JobError, SpeechError: see the job API's codes.
     """
     spoken = speech_request(request, language, text=text, voice=voice.spoken)
     if (feed := context.feed) is None:
-        return await answer(request, voice.name, lambda: context.engine.submit(spoken), context)
+        start = functools.partial(context.engine.submit, spoken)
+        return await answer(request, voice.name, start, context, fields=fields, room_bytes=room_bytes)
     return await _answer(
         request,
         voice.name,
@@ -83,20 +99,28 @@ async def speak(
 
 
 async def answer(
-    request: AudioInput, voice_name: str, start: Callable[[], Future[Speech]], context: JobContext
+    request: AudioInput,
+    voice_name: str,
+    start: Callable[[], Future[Speech]],
+    context: JobContext,
+    *,
+    fields: tuple[str, ...] = ("audio",),
+    room_bytes: int = 0,
 ) -> dict[str, Any]:
-    """Have the engine's work done and build the result of the job API, audio included.
+    """Have the engine's work done and build the result of the job API, its audio delivered.
 
     Args:
         request: the job.
         voice_name: what the result calls the voice.
         start: gives the engine its work; not called where the output could not be made.
         context: the job's surroundings.
+        fields, room_bytes: as of `delivery.hand_over`.
 
     Raises:
         JobError, SpeechError: see the job API's codes.
     """
-    return await _answer(request, voice_name, lambda: _whole(start, request), context)
+    delivered = {"fields": fields, "room_bytes": room_bytes}
+    return await _answer(request, voice_name, lambda: _whole(start, request), context, **delivered)
 
 
 async def _whole(start: Callable[[], Future[Speech]], request: AudioInput) -> tuple[Speech, delivery.Encoded]:
@@ -109,11 +133,13 @@ async def _answer(
     voice_name: str,
     make: Callable[[], Awaitable[tuple[Speech, delivery.Encoded]]],
     context: JobContext,
+    **delivered: Any,
 ) -> dict[str, Any]:
     delivery.check_output(request, context.engine.sample_rate, streams=context.feed is not None)
     condition_s = context.elapsed_s  # reading and decoding the reference is part of what a voice costs
     speech, encoded = await make()
-    return await asyncio.to_thread(result, request, voice_name, speech, encoded, condition_s, context)
+    about = await asyncio.to_thread(result, request, voice_name, speech, encoded, condition_s, context)
+    return await delivery.hand_over(about, encoded, request, context, **delivered)
 
 
 def result(
@@ -124,7 +150,7 @@ def result(
     condition_s: float,
     context: JobContext,
 ) -> dict[str, Any]:
-    """The result of the job API.
+    """The result of the job API, without its audio.
 
     Args:
         request: the job.
@@ -135,7 +161,6 @@ def result(
         context: the job's surroundings.
     """
     return {
-        "audio": encoded.audio_base64,
         "format": encoded.format,
         "sample_rate": encoded.sample_rate,
         "duration_s": round(encoded.duration_s, 4),

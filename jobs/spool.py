@@ -5,7 +5,6 @@ Both the spool and the encoded file are temporary files without a name, so whate
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import tempfile
@@ -19,14 +18,13 @@ import numpy as np
 from engine.audio.mastering import FileEncoder, LevelMeter, Limiter, Resampler
 from engine.types import FloatArray
 from jobs import delivery
+from jobs.audio_file import AudioFile
 from jobs.delivery import Encoded
 from jobs.errors import JobError
 from jobs.schema import SpeechInput
 
 BLOCK_S = 20.0
 """Audio that is mastered at a time: short enough to be interrupted, long enough to cost nothing more."""
-
-_BASE64_BLOCK_BYTES = 3 << 20  # a multiple of three: its base64 is a piece of the whole's
 
 
 class Spool:
@@ -90,20 +88,19 @@ class Spool:
         return True
 
     def finish(self) -> Encoded:
-        """The whole, once all is mastered."""
+        """The whole, once all is mastered; its audio must be opened before this is closed."""
         assert self._num_mastered == self._num_samples, (self._num_mastered, self._num_samples)
         with _reported():
             chain = self._mastering()
             chain.finish()
-            started_s = time.perf_counter()
-            audio = _as_base64(chain.file)
+            audio = AudioFile.of_temporary(chain.file)
         return Encoded(
-            audio_base64=audio,
+            audio=audio,
             format=self._request.output_format,
             sample_rate=self._request.sample_rate or self.sample_rate,
             duration_s=self.duration_s,
             master_s=chain.master_s,
-            encode_s=chain.encode_s + time.perf_counter() - started_s,
+            encode_s=chain.encode_s,
             warnings=self._level.warnings(chain.reached_lufs),
         )
 
@@ -199,9 +196,3 @@ def _reported() -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise JobError("storage_failed", f"the audio cannot be written to a temporary file: {reason}") from error
-
-
-def _as_base64(file: BinaryIO) -> str:
-    file.seek(0)
-    parts = iter(lambda: file.read(_BASE64_BLOCK_BYTES), b"")
-    return b"".join(base64.b64encode(part) for part in parts).decode("ascii")

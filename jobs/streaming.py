@@ -35,6 +35,7 @@ import numpy as np
 from engine.audio.mastering import Resampler, StreamEncoder
 from engine.stream import SpeechStream
 from engine.types import FloatArray, Speech, SpeechPiece
+from jobs.audio_file import AudioFile
 from jobs.delivery import Encoded, Level
 from jobs.errors import JobError, error_result
 from jobs.schema import SpeechInput
@@ -230,6 +231,7 @@ async def deliver(
             if data and first_audio_s is None:
                 first_audio_s = context.elapsed_s
             note(piece, encoding.duration_s)
+            context.figures.num_inline_bytes += len(data)
             await feed.put(data, **encoding.about, chunks_done=piece.num_chunks_done, chunks_total=piece.num_chunks)
             if piece.speech is not None:
                 return piece.speech, encoding.summary(first_audio_s)
@@ -278,7 +280,7 @@ class _Encoding:
     def summary(self, first_audio_s: float | None) -> Encoded:
         """All about the audio, which is empty here."""
         return Encoded(
-            audio_base64="",
+            audio=AudioFile.of_bytes(b""),
             **self.about,
             duration_s=self.duration_s,
             master_s=self._master_s,

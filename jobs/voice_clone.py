@@ -69,7 +69,8 @@ async def _run_and_save(request: VoiceClone, text: str, language: str, context: 
     """Saving comes last, and ends as it ends: a job that fails has saved nothing, and may be sent again."""
     voices = reference.library_of(context, "save_to_library")
     delivery.check_output(request, context.engine.sample_rate, streams=context.feed is not None)
-    new = await voices.run(saving.prepare, request, language, voices, context)
+    recording = await reference.load(request.reference_audio, "reference_audio", context)
+    new = await voices.run(saving.prepare, request, recording, language, voices, context)
     named = reference.ResolvedVoice(new.about["name"], new.conditionals)
     result = await _speak(request, text, language, named, context)
     if limit := context.max_result_bytes:
@@ -92,10 +93,9 @@ async def _outcome(saving_voice: asyncio.Future[Voice]) -> Voice:
 async def _speak(
     request: VoiceClone, text: str, language: str, voice: reference.ResolvedVoice, context: JobContext
 ) -> dict[str, Any]:
-    result = await speaking.speak(request, text, language, voice, context)
-    if request.text is None and context.feed is None:
-        result["sample_audio"] = result["audio"]
-    return result
+    fields = ("audio", "sample_audio") if request.text is None and context.feed is None else ("audio",)
+    room_bytes = _ROOM_FOR_VOICE_INFO_BYTES
+    return await speaking.speak(request, text, language, voice, context, fields=fields, room_bytes=room_bytes)
 
 
 def _not_saved(request: VoiceClone) -> list[str]:

@@ -10,6 +10,7 @@ from engine.types import ConversionRequest, FloatArray
 from jobs import delivery, reference, speaking
 from jobs.context import JobContext
 from jobs.schema import VoiceConversion
+from jobs.settings import Settings
 
 MIN_INPUT_S = 0.1
 
@@ -23,9 +24,11 @@ async def run(request: VoiceConversion, context: JobContext) -> dict[str, Any]:
     Raises:
         JobError, SpeechError: see the job API's codes.
     """
-    audio, sample_rate = await asyncio.to_thread(_read_input, request, context)
+    recording = await reference.load(request.input_audio, "input_audio", context)
+    audio, sample_rate = await asyncio.to_thread(_read_input, recording, context.settings)
     shortest_s = audio.size / sample_rate - _SHORTER_S
-    delivery.check_length(shortest_s, request, context.engine.sample_rate, context.max_result_bytes)
+    limit = delivery.max_inline_bytes(request, context)
+    delivery.check_length(shortest_s, request, context.engine.sample_rate, limit)
     voice = await reference.resolve_voice(request, context)
 
     conversion = await asyncio.to_thread(  # which copies the recording
@@ -37,11 +40,11 @@ async def run(request: VoiceConversion, context: JobContext) -> dict[str, Any]:
         raise SpeechError(error.code, error.message, _field_of_job(error.field, request)) from error
 
 
-def _read_input(request: VoiceConversion, context: JobContext) -> tuple[FloatArray, int]:
+def _read_input(recording: bytes, settings: Settings) -> tuple[FloatArray, int]:
     """The recording to convert, refused by its length before it is decoded whole."""
     from engine.audio.reading import check_reference
 
-    audio, rate = reference.read_recording(request.input_audio, "input_audio", context, context.settings.max_input_s)
+    audio, rate = reference.read_recording(recording, "input_audio", settings.max_input_s)
     check_reference(audio, rate, min_s=MIN_INPUT_S, field="input_audio")
     return audio, rate
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import logging
 import threading
 from collections import Counter
@@ -24,6 +23,7 @@ from engine.errors import SpeechError
 from engine.types import COMPACT_MARK, Conditionals, VoicePrompt
 from jobs.context import SpeechEngine
 from jobs.errors import JobError
+from jobs.logs import in_context
 from jobs.settings import Settings
 from voice_library import LibraryError, S3Options, Voice, VoiceLibrary
 
@@ -72,6 +72,7 @@ def s3_options(settings: Settings) -> S3Options:
     key = settings.bucket_access_key_id
     return S3Options(
         endpoint_url=settings.bucket_endpoint_url,
+        region=settings.bucket_region,
         access_key_id=key.get_secret_value() if key else None,
         secret_access_key=secret.get_secret_value() if secret else None,
     )
@@ -114,7 +115,7 @@ class Voices:
 
     async def run(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call what blocks on the library or on a voice's conditionals, in a thread kept for that."""
-        call = functools.partial(function, *args, **kwargs)
+        call = in_context(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._calling, call)
 
     def find(self, wanted: str, field: str) -> Voice:
@@ -170,7 +171,8 @@ class Voices:
             self._count("dropped")
             return
         try:
-            stored = self._storing.submit(self._put, voice, self._engine.voice_key(voice.audio_hash), conditionals)
+            put = in_context(self._put, voice, self._engine.voice_key(voice.audio_hash), conditionals)
+            stored = self._storing.submit(put)
         except RuntimeError:  # closed
             self._room_to_store.release()
             self._count("dropped")

@@ -12,15 +12,16 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from jobs.settings import Settings
+from jobs.sweeping import Sweeper
 from jobs.voices import s3_options
-from voice_library import LibraryError
+from voice_library import LibraryError, S3Options
 from voice_library.folder_store import FolderStore
 from voice_library.location import open_store
-from voice_library.store import Entry, Store
+from voice_library.store import Store
 
 FOLDER = "checkpoints"
 
@@ -30,11 +31,6 @@ MAX_ENTRY_BYTES = 256 << 20
 REST_S = 60.0
 """For so long a store that failed is left alone: one that hangs would hold up every chunk."""
 
-SWEEP_EVERY_S = 3600.0
-_HALF_WRITTEN_S = 24 * 3600.0
-"""After so long, what a killed writer left is removed; the audio of a job under way is younger."""
-
-_CLOSE_WITHIN_S = 5.0
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _ATTEMPTS = 3.0, 10.0, 2  # impatient: what cannot be had soon is made again
 _KEY = re.compile(r"[a-z0-9][a-z0-9-]*/[a-z0-9][a-z0-9-]*")
 
@@ -48,23 +44,39 @@ def open_work(settings: Settings) -> Work | None:
         LibraryError: invalid_request, storage_failed, for what cannot be a store. One that cannot be reached is
             no error.
     """
+    store = open_below(settings, FOLDER)
+    if store is None:
+        return None
+    work = Work(store, max_age_s=settings.work_max_age_h * 3600.0, max_bytes=settings.work_max_bytes)
+    work.start_sweeping()
+    return work
+
+
+def open_below(settings: Settings, folder: str) -> Store | None:
+    """The store in a folder of WORK_DIR; None where that is not set.
+
+    Raises:
+        LibraryError: as `open_work`.
+    """
     if settings.work_dir is None:
         return None
-    options = dataclasses.replace(
+    try:
+        if Path(settings.work_dir).is_file():
+            raise LibraryError("storage_failed", f"{settings.work_dir} is a file; expected a folder")
+        store, _ = open_store(_below(settings.work_dir, folder), impatient(settings))
+    except LibraryError as error:
+        raise LibraryError(error.code, f"WORK_DIR: {error.message}", "WORK_DIR") from error
+    return store
+
+
+def impatient(settings: Settings) -> S3Options:
+    """How a bucket is reached that jobs can do without."""
+    return dataclasses.replace(
         s3_options(settings),
         connect_timeout_s=_CONNECT_TIMEOUT_S,
         read_timeout_s=_READ_TIMEOUT_S,
         attempts=_ATTEMPTS,
     )
-    try:
-        if Path(settings.work_dir).is_file():
-            raise LibraryError("storage_failed", f"{settings.work_dir} is a file; expected a folder")
-        store, _ = open_store(_below(settings.work_dir, FOLDER), options)
-    except LibraryError as error:
-        raise LibraryError(error.code, f"WORK_DIR: {error.message}", "WORK_DIR") from error
-    work = Work(store, max_age_s=settings.work_max_age_h * 3600.0, max_bytes=settings.work_max_bytes)
-    work.start_sweeping()
-    return work
 
 
 class Work:
@@ -81,12 +93,10 @@ class Work:
         self, store: Store, *, max_age_s: float, max_bytes: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._store = store
-        self._max_age_s, self._max_bytes = max_age_s, max_bytes
         self._clock = clock
         self._lock = threading.Lock()  # of the next one
         self._failed_at_s: float | None = None
-        self._is_closing = threading.Event()
-        self._sweeper = threading.Thread(target=self._sweep_on, name="work-sweep", daemon=True)
+        self._sweeper = Sweeper(store, _is_ours, max_age_s=max_age_s, max_bytes=max_bytes)
 
     @property
     def folder(self) -> Path | None:
@@ -113,19 +123,7 @@ class Work:
 
     def sweep(self) -> int:
         """Remove what is too old or too much; returns how many entries. Safe while others do the same, or put."""
-        num_removed = 0
-        try:
-            self._store.sweep(_HALF_WRITTEN_S)
-            for entry in self._superfluous():
-                if self._is_closing.is_set():
-                    break
-                self._store.delete(entry.key)
-                num_removed += 1
-        except Exception as error:
-            _log.warning("%s could not be swept: %s", self._store.describe(), error)
-        if num_removed:
-            _log.info("removed %d entries from %s", num_removed, self._store.describe())
-        return num_removed
+        return self._sweeper.sweep()
 
     def start_sweeping(self) -> None:
         """Sweep now and then, beginning now, in the background."""
@@ -133,26 +131,8 @@ class Work:
 
     def close(self) -> None:
         """Stop sweeping, and let go of the store."""
-        self._is_closing.set()
-        if self._sweeper.is_alive():
-            self._sweeper.join(_CLOSE_WITHIN_S)
+        self._sweeper.close()
         self._store.close()
-
-    def _sweep_on(self) -> None:
-        while not self._is_closing.is_set():
-            self.sweep()
-            self._is_closing.wait(SWEEP_EVERY_S)
-
-    def _superfluous(self) -> Iterator[Entry]:
-        """The oldest entries, as far as they are too old or too many."""
-        entries = [entry for entry in self._store.list("") if _is_ours(entry.key)]
-        num_bytes = sum(entry.num_bytes for entry in entries)
-        oldest_s = time.time() - self._max_age_s
-        for entry in sorted(entries, key=lambda entry: entry.modified_s):
-            if entry.modified_s >= oldest_s and num_bytes <= self._max_bytes:
-                return
-            num_bytes -= entry.num_bytes
-            yield entry
 
     def _written(self, name: str, data: bytes) -> bytes:
         self._store.write(name, data)

@@ -63,7 +63,7 @@ class S3Store:
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._options = options or S3Options()
-        self._client = _client(self._options)
+        self._client = s3_client(self._options)
         self._probe_lock = threading.Lock()
         self._probed = False
 
@@ -199,8 +199,12 @@ def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _client(options: S3Options) -> Any:
-    """A client of its own session: boto3's default one is shared by the process and not safe to make in threads."""
+def s3_client(options: S3Options) -> Any:
+    """A client of its own session: boto3's default one is shared by the process and not safe to make in threads.
+
+    Raises:
+        LibraryError: invalid_request (s3), for options that cannot be used.
+    """
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -214,6 +218,7 @@ def _client(options: S3Options) -> Any:
         s3={"addressing_style": "path" if options.endpoint_url else "auto"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
+        signature_version="s3v4",  # of addresses too, for which boto3 would take the older one that few services know
     )
     try:
         return boto3.session.Session().client(

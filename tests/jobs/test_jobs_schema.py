@@ -7,7 +7,7 @@ import math
 import pytest
 
 from engine.types import PARAMETERS
-from jobs.compat import IGNORED_FIELDS, UNSERVED_FIELDS
+from jobs.compat import IGNORED_FIELDS
 from jobs.errors import JobError
 from jobs.schema import DeleteVoice, GetVoice, Info, ListVoices, Tts, VoiceClone, parse_job
 
@@ -153,10 +153,17 @@ def test_every_ignored_field_says_so_whatever_it_holds(name: str, value: object)
     assert warning.startswith(f"{name} was ignored")
 
 
-@pytest.mark.parametrize("name", UNSERVED_FIELDS)
-def test_what_is_not_served_is_refused_by_name_and_never_dropped(name: str) -> None:
-    assert refusal(text="Hello", **{name: True}).field == name
-    assert parse_job({"input": {"text": "Hello", name: False}}).warnings == ()
+@pytest.mark.parametrize("key", ["", "a" * 201, "two\nlines", "\u200b", "\ud800", 7, True])
+def test_an_idempotency_key_is_printable_and_short(key: object) -> None:
+    assert refusal(text="Hello", idempotency_key=key).field == "idempotency_key"
+    assert refusal(operation="delete_voice", voice_id="v", idempotency_key=key).field == "idempotency_key"
+
+
+@pytest.mark.parametrize("key", ["a", "a" * 200, "Bestellung № 7 / ü"])
+def test_a_key_is_taken_by_what_makes_or_changes_something_and_by_nothing_else(key: str) -> None:
+    request = parse(text="Hello", idempotency_key=key)
+    assert isinstance(request, Tts) and request.idempotency_key == key
+    assert "but of tts" in refusal(operation="list_voices", idempotency_key=key).message
 
 
 def test_a_field_and_its_other_name_are_not_taken_together() -> None:
@@ -192,4 +199,3 @@ def test_other_workers_description_of_a_voice_is_that_of_one_that_is_cloned_and_
 
 def test_contradictions_of_output_are_refused() -> None:
     assert refusal(text="Hello", loudness_lufs=-20, audio_normalization="peak").field == "loudness_lufs"
-    assert refusal(text="Hello", delivery="s3").field == "delivery"

@@ -591,6 +591,6 @@ def test_however_audio_is_cut_into_pieces_the_file_is_the_same(sizes: list[int],
             audio.push(piece)
         while audio.master():
             pass
-        files.append(audio.finish().audio_base64)
+        files.append(audio.finish().audio.as_base64())
         audio.close()
     assert files[0] == files[1]
