@@ -21,31 +21,26 @@ import asyncio
 import base64
 import contextlib
 import json
-import logging
 import os
 import re
 import sys
 import tempfile
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jobs import logs, loop
 from jobs.errors import JobError, error_result
 from jobs.schema import parse_job
 from jobs.settings import Settings, SettingsError, read_settings
 from jobs.streaming import join
-from jobs.worker import BrokenWorker, Worker
+from jobs.worker import Worker
 
 DEFAULT_JOB = Path(__file__).resolve().parent / "test_input.json"
 OUT_DIR = Path("out")
 _AUDIO_FIELDS = ("audio", "sample_audio")
 _PLATFORM_VARIABLES = ("RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_REALTIME_PORT")
-_PROGRESS_EVERY_S = 5.0
-_ROOMS = ("handler", "jobs", "engine", "voice_library")
-
-_log = logging.getLogger("handler")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,69 +49,25 @@ def main(arguments: Sequence[str]) -> int:
     try:
         settings = read_settings()
     except SettingsError as error:
-        print(f"error: the environment holds settings that cannot be used: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
     on_platform = any(os.environ.get(name) for name in _PLATFORM_VARIABLES)
     if not on_platform:
         settings = _local_settings(settings)
-    _configure_logging(settings.log_level)
+    logs.configure(settings)
     if options.test_input is not None:
         return run_local(options.test_input, settings)
     if not (on_platform or "--rp_serve_api" in rest):
         return run_local(f"@{DEFAULT_JOB}", settings)
-    serve(settings)
+    try:
+        loop.serve(settings)
+    except SettingsError as error:
+        return _refused(error)
     return 0
 
 
-def serve(settings: Settings) -> None:
-    """Load the model, then take jobs through the SDK until it returns."""
-    worker = _load_worker(settings)
-    runpod = _import_runpod(settings.log_level)
-    sends_progress = bool(os.environ.get("RUNPOD_WEBHOOK_POST_OUTPUT"))
-
-    async def handler(job: dict[str, Any]) -> dict[str, Any]:
-        updates = ProgressUpdates(lambda figures: runpod.serverless.progress_update(job, figures))
-        with updates:
-            return await worker.run(job, updates.report if sends_progress else lambda _figures: None)
-
-    served: dict[str, Any] = {"handler": worker.stream} if settings.streaming else {"handler": handler}
-    if settings.streaming and isinstance(worker, BrokenWorker):
-        served["refresh_worker"] = True  # which no piece of a stream can ask for
-    try:
-        runpod.serverless.start(served | {"concurrency_modifier": lambda _current: settings.max_concurrency})
-    finally:
-        worker.close()
-
-
-class ProgressUpdates:
-    """How far a job is, sent now and then while it runs.
-
-    The SDK sends each update in a thread of its own, and one that arrives after the result would make a finished job
-    look unfinished: so the first waits too, jobs that are soon done send none, and nothing is sent at the very end.
-
-    Args:
-        send: hands figures to the platform.
-        clock: gives seconds.
-    """
-
-    def __init__(self, send: Callable[[dict[str, Any]], None], clock: Callable[[], float] = time.perf_counter) -> None:
-        self._send, self._clock = send, clock
-        self._sent_s = clock()
-        self._is_over = False
-
-    def report(self, figures: dict[str, Any]) -> None:
-        """Send figures, if it is time to."""
-        now_s = self._clock()
-        is_done = figures["chunks_done"] >= figures["chunks"]
-        if not (self._is_over or is_done) and now_s - self._sent_s >= _PROGRESS_EVERY_S:
-            self._sent_s = now_s
-            self._send(figures)
-
-    def __enter__(self) -> ProgressUpdates:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over = True
+def _refused(error: SettingsError) -> int:
+    print(f"error: the environment holds settings that cannot be used: {error}", file=sys.stderr)
+    return 2
 
 
 def run_local(source: str, settings: Settings) -> int:
@@ -134,7 +85,8 @@ async def _run_once(source: str, settings: Settings) -> tuple[dict[str, Any], di
         parse_job(job)  # a mistake is told before a model is loaded
         worker = await asyncio.to_thread(Worker.load, settings, local=True)
     except Exception as error:
-        return {}, error_result(error)
+        with logs.before_jobs():
+            return {}, error_result(error)
     with contextlib.closing(worker):
         try:
             if settings.streaming:
@@ -195,34 +147,6 @@ def _local_settings(settings: Settings) -> Settings:
             file=sys.stderr,
         )
     return local
-
-
-def _load_worker(settings: Settings) -> Worker | BrokenWorker:
-    if settings.unused:
-        _log.warning("set, and not used by this version: %s", ", ".join(settings.unused))
-    try:
-        return Worker.load(settings)
-    except Exception as error:
-        return BrokenWorker(error)
-
-
-def _configure_logging(level: str) -> None:
-    """Our rooms at LOG_LEVEL, libraries from warnings up. First come, first served: the SDK's own
-    logging set-up finds a root handler and leaves it alone."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
-    for room in _ROOMS:
-        logging.getLogger(room).setLevel(level)
-
-
-def _import_runpod(level: str) -> Any:
-    """Import the SDK with its logger tamed: at its default level, DEBUG, it prints whole outputs."""
-    sdk_levels = {"DEBUG": "INFO", "INFO": "INFO", "WARNING": "WARN"}
-    os.environ["RUNPOD_LOG_LEVEL"] = sdk_levels.get(level, "ERROR")
-    import runpod
-
-    return runpod
 
 
 def _file_stem(job: Mapping[str, Any]) -> str:

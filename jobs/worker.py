@@ -8,23 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import SpeechError
 from engine.hub import download_bar
 from engine.models import DRAFT
 from engine.types import EngineConfig
-from jobs import delete_voice, delivery, get_voice, info, list_voices, long_form, tts, voice_clone, voice_conversion
-from jobs.context import JobContext, Progress, SpeechEngine
+from jobs import (
+    delete_voice,
+    delivery,
+    fitness,
+    get_voice,
+    info,
+    list_voices,
+    long_form,
+    tts,
+    voice_clone,
+    voice_conversion,
+)
+from jobs.bucket import Bucket, open_bucket
+from jobs.context import TIMEOUT_MARGIN, JobContext, Progress, SpeechEngine
 from jobs.errors import JobError, error_result
-from jobs.schema import parse_job
+from jobs.fetch import Fetcher
+from jobs.fitness import Check
+from jobs.intake import prepared
+from jobs.logs import about_job, job_content, known_field
+from jobs.metrics import Metrics
+from jobs.results import Results, once, open_results
+from jobs.schema import operation_of, parse_job
 from jobs.settings import Settings
 from jobs.streaming import Feed, error_piece
 from jobs.voices import Voices, open_library
 from jobs.work import Work, open_work
+
+if TYPE_CHECKING:
+    from jobs.exporter import Exporter
+
+OnLost = Callable[[bool], None]
 
 OPERATIONS: Mapping[str, Callable[[Any, JobContext], Awaitable[dict[str, Any]]]] = {
     "tts": tts.run,
@@ -36,9 +58,6 @@ OPERATIONS: Mapping[str, Callable[[Any, JobContext], Awaitable[dict[str, Any]]]]
     "delete_voice": delete_voice.run,
     "info": info.run,
 }
-
-_TIMEOUT_MARGIN = 0.05
-"""Share of the platform's execution timeout that is kept for answering."""
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +123,16 @@ class Worker:
         settings: the deployment's settings.
         voices: the voice library as this engine speaks it; closed by `close`.
         work: what long jobs keep; closed by `close`.
+        bucket: where audio may be delivered to; closed by `close`.
+        results: what is kept of jobs with a key; closed by `close`.
+        fetch: gets recordings from their addresses; by default as the settings say; closed by `close`.
+        exporter: shows the figures of the jobs and the engine; closed by `close`.
         local_files: whether audio fields may be `file:PATH`; for a person's own machine only.
+        on_lost: called on the event loop as each job ends once the device has failed for good, and told whether it
+            was the last one running: this process can only finish what it has, and must be replaced.
+
+    Attributes:
+        metrics: the figures of all jobs until now.
     """
 
     def __init__(
@@ -114,25 +142,40 @@ class Worker:
         *,
         voices: Voices | None = None,
         work: Work | None = None,
+        bucket: Bucket | None = None,
+        results: Results | None = None,
+        fetch: Fetcher | None = None,
+        exporter: Exporter | None = None,
         local_files: bool = False,
+        on_lost: OnLost = lambda _is_last: None,
     ) -> None:
         self._engine = engine
         self._settings = settings
         self._voices = voices
         self._work = work
+        self._bucket, self._results = bucket, results
+        self._fetch = fetch or Fetcher(settings)
         self._local_files = local_files
+        self._on_lost = on_lost
+        self._num_running = 0
+        self.metrics = Metrics()
+        self._exporter = exporter
+        if exporter is not None:
+            exporter.show(self.metrics, engine.stats)
 
     @classmethod
-    def load(cls, settings: Settings, *, local: bool = False) -> Worker:
+    def load(cls, settings: Settings, *, local: bool = False, on_lost: OnLost = lambda _is_last: None) -> Worker:
         """Open the voice library and load the engine that the settings name.
 
         Args:
             settings: the deployment's settings.
             local: whether a person runs this on their own machine: audio fields may be `file:PATH`, and
                 a download shows its progress.
+            on_lost: see `Worker`.
 
         Raises:
             LibraryError: storage_failed, invalid_request.
+            JobError: invalid_request, where METRICS_PORT cannot be had.
             SpeechError: see `load_engine`.
         """
         with ExitStack() as undo:
@@ -142,13 +185,32 @@ class Worker:
             work = open_work(settings)
             if work is not None:
                 undo.callback(work.close)
+            bucket = open_bucket(settings)
+            if bucket is not None:
+                undo.callback(bucket.close)
+            results = open_results(settings)
+            if results is not None:
+                undo.callback(results.close)
+            exporter = None if settings.metrics_port is None else _open_exporter(settings.metrics_port)
+            if exporter is not None:
+                undo.callback(exporter.close)
             engine = load_engine(settings, show_download=local)
             undo.pop_all()
         voices = None
         if library is not None:
             voices = Voices(library, engine, max_cache_bytes=settings.voices_cache_bytes // 2)
             voices.preload(settings.preloaded)
-        return cls(engine, settings, voices=voices, work=work, local_files=local)
+        return cls(
+            engine,
+            settings,
+            voices=voices,
+            work=work,
+            bucket=bucket,
+            results=results,
+            exporter=exporter,
+            local_files=local,
+            on_lost=on_lost,
+        )
 
     async def run(
         self, job: Mapping[str, Any], report: Callable[[dict[str, Any]], None] = lambda _: None
@@ -163,7 +225,7 @@ class Worker:
             The result, or `{"error", "error_code", "field"}`. Nothing is raised but the cancellation of
             the calling task, which frees what the job held.
         """
-        return await self._told(job, report=report)
+        return await self._attended(job, report=report)
 
     async def stream(self, job: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Run one platform job and give its answer in pieces, see `jobs.streaming`.
@@ -173,7 +235,7 @@ class Worker:
         generator is not closed before another job ends.
         """
         feed = Feed()
-        answering = asyncio.create_task(self._told(job, feed=feed))
+        answering = asyncio.create_task(self._attended(job, feed=feed))
         answering.add_done_callback(lambda _: feed.end())
         taker = asyncio.current_task()
         assert taker is not None
@@ -192,20 +254,47 @@ class Worker:
             answering.cancel()
             await asyncio.wait([answering])
 
-    async def _told(self, job: Mapping[str, Any], **surroundings: Any) -> dict[str, Any]:
-        """What became of a job, told to the log too."""
-        started_s = time.perf_counter()
-        outcome = "stopped"
+    async def _attended(self, job: Mapping[str, Any], **surroundings: Any) -> dict[str, Any]:
+        """What became of a job; then a look at the device that made it."""
+        self._num_running += 1
         try:
-            result = await self._answer(job, **surroundings)
-            outcome = result.get("error_code") or "done"
+            return await self._told(job, **surroundings)
         finally:
-            _log.info("job %s: %s in %.2f s", job.get("id"), outcome, time.perf_counter() - started_s)
+            self._num_running -= 1
+            if self._engine.is_lost:
+                self._on_lost(self._num_running == 0)
+
+    def fitness_checks(self) -> Sequence[Check]:
+        """What must hold before the first job is taken, see `jobs.fitness`."""
+        return fitness.checks(self._engine, self._voices, self._settings)
+
+    async def _told(self, job: Mapping[str, Any], **surroundings: Any) -> dict[str, Any]:
+        """What became of a job, counted and told to the log too."""
+        figures = self.metrics.begin()
+        result: dict[str, Any] = {}
+        with about_job(job.get("id")):
+            try:
+                result = await self._answer(job, figures=figures, **surroundings)
+                figures.take(result)
+            finally:
+                self.metrics.end(figures)
+                about = {**figures.for_log(), "field": known_field(result.get("field"))}
+                more = {"figures": about, "content": job_content(job, result)}
+                _log.info("job %s: %s in %.2f s", job.get("id"), figures.outcome, figures.seconds, extra=more)
         return result
 
     async def _answer(self, job: Mapping[str, Any], **surroundings: Any) -> dict[str, Any]:
         context = JobContext(
-            self._engine, self._settings, self._voices, self._local_files, work=self._work, **surroundings
+            self._engine,
+            self._settings,
+            self._voices,
+            self._local_files,
+            work=self._work,
+            job_id=_id_of(job),
+            bucket=self._bucket,
+            fetch=self._fetch,
+            metrics=self.metrics,
+            **surroundings,
         )
         try:
             async with self._deadline(context.progress):
@@ -218,18 +307,23 @@ class Worker:
             return error_result(error)
 
     async def _run(self, job: Mapping[str, Any], context: JobContext) -> dict[str, Any]:
+        context.figures.operation = operation_of(job)
         parsed = parse_job(job)
-        context = context.with_warnings(parsed.warnings)
-        result = await OPERATIONS[parsed.request.operation](parsed.request, context)
-        await asyncio.to_thread(delivery.check_result, result, context.max_result_bytes)
-        return result
+        with prepared(parsed, context) as (request, surroundings):
+
+            async def make() -> dict[str, Any]:
+                result = await OPERATIONS[request.operation](request, surroundings)
+                await asyncio.to_thread(delivery.check_result, result, surroundings.max_result_bytes)
+                return result
+
+            return await once(request, surroundings, self._results, make)
 
     @asynccontextmanager
     async def _deadline(self, progress: Progress) -> AsyncIterator[None]:
         """Stop shortly before the platform would, so that the client learns why."""
         limit = self._settings.job_timeout_s
         try:
-            async with asyncio.timeout(limit * (1 - _TIMEOUT_MARGIN) if limit else None) as deadline:
+            async with asyncio.timeout(limit * (1 - TIMEOUT_MARGIN) if limit else None) as deadline:
                 yield
         except TimeoutError:
             if not deadline.expired():
@@ -240,11 +334,21 @@ class Worker:
 
     def close(self) -> None:
         """Finish what is being stored of voices, and free the engine."""
+        self._fetch.close()
         if self._voices is not None:
             self._voices.close()
         self._engine.close()
-        if self._work is not None:
-            self._work.close()
+        for held in (self._work, self._bucket, self._results):
+            if held is not None:
+                held.close()
+        if self._exporter is not None:
+            self._exporter.close()
+
+
+def _open_exporter(port: int) -> Exporter:
+    from jobs.exporter import Exporter  # and prometheus_client, where it is asked for
+
+    return Exporter(port)
 
 
 class BrokenWorker:
@@ -268,8 +372,18 @@ class BrokenWorker:
         """The reason, for any job. A piece cannot ask for a fresh worker: whoever serves the stream has to."""
         yield error_piece(self._answer)
 
+    def fitness_checks(self) -> Sequence[Check]:
+        """None: it is here to say what is wrong."""
+        return ()
+
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _id_of(job: Mapping[str, Any]) -> str | None:
+    """The platform's id of a job."""
+    job_id = job.get("id")
+    return str(job_id) if job_id else None
 
 
 def _is_being_cancelled() -> bool:

@@ -35,6 +35,7 @@ class ToneEngine:
     sample_rate = RATE
     languages = ("en", "fr")
     min_reference_s = 1.0
+    is_lost = False
     converts = True
     """Whether recordings are answered, with themselves; else they are left pending."""
 
@@ -89,6 +90,9 @@ class ToneEngine:
 
     def stats(self) -> dict[str, Any]:
         return {"device": "cpu", "rows": 1}
+
+    def free_bytes(self) -> dict[str, int]:
+        return {"host": 1 << 33}
 
     def close(self) -> None:
         self.closed = True
