@@ -1,11 +1,11 @@
-"""A stand-in for the platform: the HTTP side that the SDK's real worker loop talks to, in this process.
+"""The platform's stand-in (`scripts.local_platform`) with what tests need of it: faults, all that was said, waiting.
 
-It gives jobs, takes results, pieces of streams and progress, hears pings, and tells a worker to stop a job. Beside it
-the SDK's own imitation of the platform's public side, which runs in the worker's process (`local_server`).
+Beside it the SDK's own imitation of the platform's public side, which runs in the worker's process (`local_server`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -15,36 +15,61 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+
+import httpx
+from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from jobs.settings import Settings
+from scripts.local_platform import Limits, LocalPlatform, LocalWorker
+from scripts.local_platform.web import operation_of
 
-WORKER_ID = "worker-1"
-_POLL_S = 0.2
-"""How long a request for jobs, or for jobs to stop, is held open: short, so that a worker ends soon."""
+LIMITS = Limits(ping_interval_s=1, lost_after_s=3.0, hold_s=2.0, stream_hold_s=0.2, webhook_pause_s=0.05)
+"""The platform's, and less patience."""
 _PATIENCE_S = 60.0
 
 
-class Platform:
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with a request.
+
+    Args:
+        delay_s: for how long it waits before it is looked at.
+        status: of an answer that is given in place of the request's own; None for the request's own.
+        is_cut: whether the connection is cut before the answer, which has had its effect.
+    """
+
+    delay_s: float = 0.0
+    status: int | None = None
+    is_cut: bool = False
+
+
+class Platform(LocalPlatform):
     """Jobs in, results out. `with Platform() as platform`, then `platform.worker(…)`.
 
     Attributes:
-        results: of each job what job-done got, without progress: `{"output": …}` or `{"error": …}`.
-        pieces: of each job the outputs that job-stream got, as they came.
+        results: of each job the first that was taken from job-done, without progress: `{"output": …}` or
+            `{"error": …}`.
+        answers: of each job all of those.
+        pieces: of each job the outputs that were taken from job-stream, as they came.
         most_bytes: of each job the size of the largest post of a piece.
         progress: of each job what came as IN_PROGRESS.
-        events: (kind, job id) of all posts, as they came.
+        events: (operation, job id) of all posts of workers that were taken, as they came; before each piece
+            ("piece sent", job id).
         pings: the job ids of each ping, as one text.
         may_take_pieces: while cleared, posts of pieces are not answered.
+        fault: says what goes wrong with a request, by its operation (such as job-done) and its job's id or "".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        super().__init__(limits=limits, middlewares=[self._watch])
         self.results: dict[str, dict[str, Any]] = {}
+        self.answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.pieces: dict[str, list[Any]] = defaultdict(list)
         self.most_bytes: dict[str, int] = defaultdict(int)
         self.progress: dict[str, list[Any]] = defaultdict(list)
@@ -52,162 +77,121 @@ class Platform:
         self.pings: list[str] = []
         self.may_take_pieces = threading.Event()
         self.may_take_pieces.set()
-        self._queue: list[dict[str, Any]] = []
-        self._to_stop: list[str] = []
-        self._changed = threading.Condition()
-        self._num_jobs = 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._request_handler())
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.fault: Callable[[str, str], Fault | None] = lambda _operation, _job_id: None
+        self._news = threading.Condition()
 
     def __enter__(self) -> Platform:
-        self._thread.start()
+        self.start()
+        self.http = httpx.Client(base_url=self.url, headers=self.headers, timeout=_PATIENCE_S, trust_env=False)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.may_take_pieces.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.http.close()
+        self.close()
 
     # ------------------------------------------------------------------------------ a client's side
 
     def submit(self, **fields: Any) -> str:
         """Queue a job; its id."""
-        with self._changed:
-            self._num_jobs += 1
-            job_id = f"job-{self._num_jobs}"
-            self._queue.append({"id": job_id, "input": fields})
-            self._changed.notify_all()
-        return job_id
+        return self.ask("POST", "run", input=fields)["id"]
+
+    def ask(self, method: str, path: str, **body: Any) -> dict[str, Any]:
+        """What an operation answers."""
+        answer = self.http.request(method, f"{self.url}/{path}", json=body or None).raise_for_status()
+        decoded: dict[str, Any] = answer.json()
+        return decoded
+
+    def status(self, job_id: str) -> dict[str, Any]:
+        return self.ask("GET", f"status/{job_id}")
 
     def stop(self, job_id: str) -> None:
-        """Cancel a job that runs."""
-        with self._changed:
-            self._to_stop.append(job_id)
-            self._changed.notify_all()
+        """Cancel a job."""
+        self.ask("POST", f"cancel/{job_id}")
 
     def result(self, job_id: str) -> dict[str, Any]:
         """What the worker ended the job with; waits for it."""
         self.wait_for(lambda: job_id in self.results)
         return self.results[job_id]
 
+    def ended(self, job_id: str) -> dict[str, Any]:
+        """What a client is told of a job at its end; waits for it."""
+        wait_until(lambda: self.status(job_id)["status"] not in ("IN_QUEUE", "IN_PROGRESS"))
+        return self.status(job_id)
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until something that came from the worker makes `condition` true."""
-        with self._changed:
-            assert self._changed.wait_for(condition, _PATIENCE_S), (self.events, self.results)
+        with self._news:
+            assert self._news.wait_for(condition, _PATIENCE_S), (self.events, self.results)
 
     # ------------------------------------------------------------------------------ a worker's side
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What the platform sets for a worker's process."""
-        url = f"http://127.0.0.1:{self._server.server_port}"
-        return {
-            "RUNPOD_WEBHOOK_GET_JOB": f"{url}/job-take/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{url}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_PING": f"{url}/ping/$RUNPOD_POD_ID",
-            "RUNPOD_PING_INTERVAL": "1000",
-            "RUNPOD_POD_ID": WORKER_ID,
-            "RUNPOD_AI_API_KEY": "a-key",
-            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-            "RUNPOD_SKIP_GPU_CHECK": "true",
-        }
 
     @contextmanager
     def worker(self, script: Path, cwd: Path, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
         """A worker's process on this platform; it writes to `cwd/log` and is told to end at the end."""
-        with (cwd / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(script)],
-                cwd=cwd,
-                env=without_ours(os.environ) | self.environment | settings,
-                stdout=log,
-                stderr=log,
-            )
-            try:
-                yield process
-            finally:
-                self.may_take_pieces.set()
-                process.terminate()
-                _wait_or_kill(process)
+        with self.place(script, cwd, settings, replaces=False) as place:
+            yield place.process
 
-    def take(self, num_wanted: int) -> list[dict[str, Any]]:
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._queue), _POLL_S)
-            taken, self._queue = self._queue[:num_wanted], self._queue[num_wanted:]
-        return taken
+    @contextmanager
+    def place(
+        self, script: Path, cwd: Path, settings: Mapping[str, str] | None = None, *, replaces: bool = True
+    ) -> Iterator[LocalWorker]:
+        """A worker that is replaced when it ends."""
+        worker = self.start_worker(
+            [sys.executable, str(script)],
+            cwd=cwd,
+            log=cwd / "log",
+            environment=without_ours(os.environ) | dict(settings or {}),
+            replaces=replaces,
+        )
+        try:
+            yield worker
+        finally:
+            self.may_take_pieces.set()
+            assert self.stop_worker(worker), (cwd / "log").read_text()
 
-    def take_stops(self) -> list[str]:
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._to_stop), _POLL_S)
-            taken, self._to_stop = self._to_stop, []
-        return taken
+    @web.middleware
+    async def _watch(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        operation, job_id = operation_of(request), request.match_info.get("job", "")
+        fault = self.fault(operation, job_id)
+        if fault is not None:
+            await asyncio.sleep(fault.delay_s)
+            if fault.status is not None:
+                return web.Response(status=fault.status)
+        if operation == "job-stream":
+            self._note(("piece sent", job_id))  # it is on its way
+            await asyncio.get_running_loop().run_in_executor(None, self.may_take_pieces.wait, _PATIENCE_S)
+        response = await handler(request)
+        if request.path.startswith("/worker/"):
+            self._note_post(operation, job_id, await request.read(), request.query.get("job_id", ""))
+        if fault is not None and fault.is_cut and request.transport is not None:
+            request.transport.abort()
+        return response
 
-    def receive(self, kind: str, job_id: str, data: bytes) -> None:
-        body = json.loads(data)
-        if kind == "job-stream":
-            with self._changed:  # the post is on its way
-                self.events.append(("piece sent", job_id))
-                self._changed.notify_all()
-            self.may_take_pieces.wait(_PATIENCE_S)
-        with self._changed:
-            if kind == "job-stream":
-                self.pieces[job_id].append(body["output"])
+    def _note(self, event: tuple[str, str]) -> None:
+        with self._news:
+            self.events.append(event)
+            self._news.notify_all()
+
+    def _note_post(self, operation: str, job_id: str, data: bytes, listed: str) -> None:
+        with self._news:
+            if operation == "ping":
+                self.pings.append(listed)
+            elif operation == "job-stream":
+                self.pieces[job_id].append(json.loads(data)["output"])
                 self.most_bytes[job_id] = max(self.most_bytes[job_id], len(data))
-            elif body.get("status") == "IN_PROGRESS":
-                self.progress[job_id].append(body["output"])
-            else:
-                assert job_id not in self.results, job_id
-                self.results[job_id] = body
-            self.events.append((kind, job_id))
-            self._changed.notify_all()
+            elif operation == "job-done":
+                self._note_answer(job_id, json.loads(data))
+            if job_id:
+                self.events.append((operation, job_id))
+            self._news.notify_all()
 
-    def hear_ping(self, query: str) -> None:
-        with self._changed:
-            self.pings.append(",".join(parse_qs(query).get("job_id", [])))
-            self._changed.notify_all()
-
-    def _request_handler(self) -> type[BaseHTTPRequestHandler]:
-        platform = self
-
-        class Requests(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                url = urlsplit(self.path)
-                kind = url.path.split("/")[1]
-                if kind == "job-stop":
-                    self._answer({"jobsToStop": platform.take_stops()})
-                elif kind == "ping":
-                    platform.hear_ping(url.query)
-                    self._answer({})
-                else:
-                    num_wanted = int(parse_qs(url.query).get("batch_size", ["1"])[0])
-                    jobs = platform.take(num_wanted)
-                    self._answer(jobs if kind == "job-take-batch" else jobs[0] if jobs else None)
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                kind, _, job_id = urlsplit(self.path).path.split("/")[1:4]
-                platform.receive(kind, job_id, body)
-                self._answer({})
-
-            def _answer(self, value: Any) -> None:
-                body = b"" if value in (None, []) else json.dumps(value).encode()
-                try:
-                    self.send_response(200 if body else 204)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-                except OSError:  # a worker that ends, or was told to stop the job, hangs up
-                    self.close_connection = True
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Not of interest."""
-
-        return Requests
+    def _note_answer(self, job_id: str, body: dict[str, Any]) -> None:
+        if body.get("status") == "IN_PROGRESS":
+            self.progress[job_id].append(body["output"])
+        else:
+            self.answers[job_id].append(body)
+            self.results.setdefault(job_id, body)
 
 
 @contextmanager
@@ -251,15 +235,6 @@ def without_ours(environment: Any) -> dict[str, str]:
     """An environment without variables that would configure a worker."""
     ours = {name.upper() for name in Settings.model_fields}
     return {name: value for name, value in environment.items() if not name.startswith("RUNPOD_") and name not in ours}
-
-
-def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        raise
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

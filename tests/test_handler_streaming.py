@@ -18,6 +18,7 @@ import pytest
 import soundfile
 
 import handler
+from jobs.loop import ProgressUpdates
 from jobs.streaming import MAX_PIECE_BYTES
 from tests.platform import Platform, local_server, post, wait_until, without_ours
 
@@ -118,7 +119,7 @@ def test_a_plain_worker_gives_results_with_codes_on_the_same_platform(platform: 
 def test_progress_is_sent_now_and_then_and_never_at_the_end_or_after_it() -> None:
     sent: list[dict[str, Any]] = []
     now_s = 100.0
-    with handler.ProgressUpdates(sent.append, clock=lambda: now_s) as updates:
+    with ProgressUpdates(sent.append, clock=lambda: now_s) as updates:
         updates.report({"chunks_done": 0, "chunks": 10})
         for chunks_done in range(1, 11):
             now_s += 5
