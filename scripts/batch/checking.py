@@ -1,0 +1,320 @@
+"""From a file's rows to jobs that a worker takes, or to what is wrong with them, before anything is sent."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from engine.errors import SpeechError
+from engine.text.markup import refuse_unknown
+from engine.text.normalize import clean_text
+from jobs.compat import FIELD_ALIASES, IGNORED_FIELDS, OPERATION_ALIASES
+from jobs.errors import JobError
+from jobs.s3_config import FIELD as S3_CONFIG
+from jobs.schema import INPUT_MODELS, AudioInput, LongForm, SpeechInput, parse_job
+from scripts.batch.books import parts_of
+from scripts.batch.epub import Chapter
+from scripts.batch.errors import BatchError
+from scripts.batch.rows import Problem, RawRow, Source
+
+KEY_COLUMNS = ("key", "id")
+MAX_KEY_CHARS = 500
+MAX_TTS_CHARS = 5_000
+"""A worker's own default (MAX_TEXT_CHARS): what is longer goes as `long_form`."""
+
+_BOOK_FORMAT = "opus"
+"""Of parts that are to be joined, unless the batch says: an hour is some 30 MB."""
+
+_KNOWN = {*FIELD_ALIASES, *IGNORED_FIELDS, *(name for model in INPUT_MODELS.values() for name in model.model_fields)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one job does.
+
+    Args:
+        fields: of its input.
+        num_chars: of its text.
+        language: of it.
+        title: of the chapter that begins with it; None where it goes on with one.
+    """
+
+    fields: Mapping[str, Any]
+    num_chars: int
+    language: str
+    title: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of all that it asks for."""
+        return _digest(self.fields)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the batch.
+
+    Args:
+        key: unique in it.
+        source: where it stands.
+        parts: one, or those of a text that is to be joined again.
+        book: what a book says of itself; empty for what is none.
+        warnings: what a worker would ignore in it.
+    """
+
+    key: str
+    source: Source
+    parts: tuple[Part, ...]
+    book: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def is_book(self) -> bool:
+        return len(self.parts) > 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are to be read.
+
+    Args:
+        columns: field → the column or key that holds it.
+        defaults: fields of all rows that do not say otherwise, as text.
+        key: the column of the rows' keys; None for `key` or `id`, and without those the line and a hash.
+        ignored: patterns of columns that are no fields.
+        part_chars: what is longer goes in parts.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = None
+    ignored: Sequence[str] = ()
+    part_chars: int = 100_000
+
+    def __post_init__(self) -> None:
+        for option, names in (("--map", self.columns), ("--set", self.defaults)):
+            for name in names:
+                if name not in _KNOWN and name != S3_CONFIG:
+                    raise BatchError(f"{option} {name}=…: unknown field {name!r}{_hint(name, _KNOWN)}")
+
+
+@dataclass
+class Checked:
+    """What came of reading.
+
+    Args:
+        rows: that a worker would take.
+        problems: with the others.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequence[str] = ()) -> Checked:
+    """Make jobs of rows.
+
+    Args:
+        rows: as they were read.
+        reading: how.
+        only: keys, or patterns of keys, of the rows that are wanted; empty for all.
+    """
+    checked = Checked()
+    seen: dict[str, Source] = {}
+    for raw in rows:
+        if isinstance(raw, Problem):
+            checked.problems.append(raw)
+            continue
+        try:
+            key = _key_of(raw, reading)
+            if only and not any(key == each or fnmatch.fnmatchcase(key, each) for each in only):
+                continue
+            if key in seen:
+                raise _Wrong(f"the key {key!r} is that of {seen[key]} too")
+            seen[key] = raw.source
+            checked.rows.append(_row(key, raw, reading))
+        except _Wrong as wrong:
+            checked.problems.append(Problem(raw.source, str(wrong)))
+    return checked
+
+
+class _Wrong(Exception):  # noqa: N818 - becomes a Problem
+    """What is wrong with a row."""
+
+
+# ------------------------------------------------------------------------------------------- key
+
+
+def _key_of(raw: RawRow, reading: Reading) -> str:
+    if reading.key is not None and reading.key not in raw.fields:
+        raise _Wrong(f"the key column {reading.key!r} is empty or missing{_hint(reading.key, raw.fields)}")
+    for column in (reading.key,) if reading.key is not None else KEY_COLUMNS:
+        if column in raw.fields and column not in reading.columns.values():
+            return _checked_key(raw.fields[column], column)
+    if raw.key is not None:
+        return _checked_key(raw.key, "its name")
+    return f"{raw.source.line or 0:05d}-{_digest(raw.fields)[:8]}"
+
+
+def _checked_key(value: object, column: str) -> str:
+    key = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if not key or len(key) > MAX_KEY_CHARS or not key.isprintable():
+        raise _Wrong(f"{column}: expected a key of 1 to {MAX_KEY_CHARS} printable characters")
+    return key
+
+
+# ------------------------------------------------------------------------------------------- fields
+
+
+def _row(key: str, raw: RawRow, reading: Reading) -> Row:
+    fields = _fields_of(raw, reading)
+    if raw.book:
+        fields.setdefault("output_format", _BOOK_FORMAT)
+    operation = fields.get("operation")
+    text = fields.get("text")
+    is_long = isinstance(text, str) and len(text) > MAX_TTS_CHARS
+    if operation is None and (is_long or raw.chapters or "segments" in fields):
+        operation = fields["operation"] = "long_form"
+    language = fields.get("language", "en")
+    language = language if isinstance(language, str) else "en"
+    chapters = raw.chapters or ((Chapter(None, text),) if is_long and isinstance(text, str) else ())
+    if operation == "long_form" and chapters and "segments" not in fields:
+        return _book(key, raw, fields, chapters, language, reading.part_chars)
+    part, warnings = _part(fields, None)
+    return Row(key, raw.source, (part,), warnings=warnings)
+
+
+def _book(
+    key: str, raw: RawRow, fields: dict[str, Any], chapters: Sequence[Chapter], language: str, max_chars: int
+) -> Row:
+    texts = list(parts_of(chapters, language, max_chars))
+    parts: list[Part] = []
+    warnings: list[str] = []
+    for each in texts:
+        part, more = _part({**fields, "text": each.text}, each.title)
+        parts.append(part)
+        warnings += more
+    if not parts:
+        raise _Wrong("text: there is nothing in it that could be said")
+    return Row(key, raw.source, tuple(parts), raw.book, tuple(dict.fromkeys(warnings)))
+
+
+def _part(fields: Mapping[str, Any], title: str | None) -> tuple[Part, tuple[str, ...]]:
+    """A job, if a worker would take it."""
+    try:
+        parsed = parse_job({"input": fields})
+        request = parsed.request
+        if not isinstance(request, AudioInput):
+            raise _Wrong(f"operation {request.operation} gives no audio")
+        texts = _texts_of(request)
+        for text in texts:
+            if not any(map(str.isalnum, clean_text(text))):
+                raise _Wrong("text: there is nothing in it that could be said")
+            refuse_unknown(text)
+    except (JobError, SpeechError) as error:
+        raise _Wrong(error.message) from error
+    num_chars = sum(map(len, texts))
+    return Part(fields, num_chars, getattr(request, "language", "en"), title), parsed.warnings
+
+
+def _texts_of(request: AudioInput) -> list[str]:
+    if not isinstance(request, SpeechInput):
+        return []
+    if isinstance(request, LongForm) and request.segments is not None:
+        return [segment.text for segment in request.segments]
+    return [] if request.text is None else [request.text]
+
+
+def _fields_of(raw: RawRow, reading: Reading) -> dict[str, Any]:
+    columns = dict(reading.columns)
+    for name, column in columns.items():
+        if not raw.is_text and column not in raw.fields and name not in reading.defaults:
+            raise _Wrong(f"{name}: there is no {column!r} in it{_hint(column, raw.fields)}")
+    taken = {*columns.values(), reading.key, *(() if reading.key else KEY_COLUMNS)}
+    given = {name: raw.fields[column] for name, column in columns.items() if column in raw.fields}
+    for name, value in raw.fields.items():
+        if name in taken or any(fnmatch.fnmatchcase(name, pattern) for pattern in reading.ignored):
+            continue
+        if name not in _KNOWN and raw.is_text:
+            raise _Wrong(f"the column {name!r} is no field{_hint(name, _KNOWN)}; leave it out with --ignore {name!r}")
+        if name in given:
+            raise _Wrong(f"{name} is given by --map and by a column of its own; leave that out with --ignore {name!r}")
+        given[name] = value
+    values = {name: value for name, value in given.items() if value is not None}
+    operation = values.get("operation", reading.defaults.get("operation"))
+    fields = {name: typed(name, text, operation) for name, text in reading.defaults.items() if name not in values}
+    fields |= {name: typed(name, v, operation) if raw.is_text else v for name, v in values.items()}
+    return fields
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name.lower(), sorted(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+# ------------------------------------------------------------------------------------------- types
+
+
+def typed(name: str, text: Any, operation: object = None) -> Any:
+    """What a text stands for where the schema wants something else: a number, true or false, JSON.
+
+    What stands for nothing stays a text, which the schema then refuses with what it expected.
+    """
+    if not isinstance(text, str):
+        return text
+    kinds = _kinds_of(name, operation)
+    if not kinds or str in kinds:
+        return text
+    if bool in kinds and text.strip().lower() in ("true", "false"):
+        return text.strip().lower() == "true"
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _kinds_of(name: str, operation: object) -> set[type]:
+    named = OPERATION_ALIASES.get(operation, operation) if isinstance(operation, str) else ""
+    models: list[type[BaseModel]] = [INPUT_MODELS[named]] if named in INPUT_MODELS else list(INPUT_MODELS.values())
+    ours = FIELD_ALIASES.get(name, name)
+    fields = [model.model_fields[ours] for model in models if ours in model.model_fields]
+    return set().union(*(_kinds(each.annotation) for each in fields[:1]))
+
+
+def _kinds(annotation: Any) -> set[type]:
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return {type(value) for value in inside}
+    if origin in (Union, types.UnionType):
+        return set().union(*map(_kinds, inside))
+    if origin is Annotated:
+        return _kinds(inside[0])
+    return {origin or annotation}
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    body = json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.blake2b(body.encode(), digest_size=20).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- voices
+
+
+def voices_named(row: Row) -> Iterator[tuple[str, str]]:
+    """The voices of the library that a row wants: field and name."""
+    for part in row.parts[:1]:
+        fields = part.fields
+        if fields.get("operation") in ("voice_clone", "voice_cloning"):
+            return
+        for index, place in enumerate([fields, *(fields.get("segments") or ())]):
+            for name in ("voice_id", "voice_name"):
+                if isinstance(place.get(name), str):
+                    yield (f"segments[{index - 1}].{name}" if index else name), place[name]

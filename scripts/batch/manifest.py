@@ -1,0 +1,297 @@
+"""What a batch has done, on disk: for each job its key, its id on the platform, how often it was sent, how it ended.
+
+SQLite, so that whatever moment a run is killed at, the next one finds a state that was true:
+
+    waiting   nothing is known to be under way. It may be, if a run was killed while it sent the job, which is why the
+              job is sent again under the same idempotency_key
+    sent      the platform has it under job_id
+    written   its audio is on disk, under its temporary name or already under its own
+    done      its audio has its own name
+    failed    for good, until --retry-failed
+
+A folder has one run at a time: SQLite's own lock is held until the end of the process, whatever that end is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from scripts.batch import names
+from scripts.batch.checking import Part, Row
+from scripts.batch.errors import BatchError
+
+FILE = "batch.sqlite"
+
+WAITING, SENT, WRITTEN, DONE, FAILED = "waiting", "sent", "written", "done", "failed"
+
+_VERSION = "1"
+_SCHEMA = """
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE rows (
+    key TEXT PRIMARY KEY, position INTEGER, folded TEXT NOT NULL UNIQUE, stem TEXT NOT NULL,
+    joined TEXT, joined_of TEXT
+) WITHOUT ROWID;
+CREATE TABLE tasks (
+    key TEXT, part INTEGER, digest TEXT NOT NULL, state TEXT NOT NULL, job_id TEXT,
+    attempts INTEGER NOT NULL DEFAULT 0, worker_s REAL NOT NULL DEFAULT 0,
+    file TEXT, num_bytes INTEGER, result TEXT, error_code TEXT, error TEXT,
+    PRIMARY KEY (key, part)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass
+class Task:
+    """One job of the batch, as it stands.
+
+    Args:
+        key, part: of which row the how manieth job.
+        digest: of what it asks for.
+        state: see above.
+        job_id: on the platform, while it is sent.
+        attempts: how often it was sent.
+        worker_s: what workers spent on it, seconds.
+        file: its audio, relative to the folder; num_bytes: its size.
+        result: the job's, without audio.
+        error_code, error: why it failed.
+    """
+
+    key: str
+    part: int
+    digest: str
+    state: str = WAITING
+    job_id: str | None = None
+    attempts: int = 0
+    worker_s: float = 0.0
+    file: str | None = None
+    num_bytes: int | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    error_code: str | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.key} [{self.part + 1}]" if self.part else self.key
+
+
+_COLUMNS = tuple(each.name for each in fields(Task))
+
+
+@dataclass
+class Changes:
+    """What a run finds to be other than the last one left it: keys."""
+
+    new: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    abandoned_jobs: list[str] = field(default_factory=list)
+
+
+class Manifest:
+    """Open, and locked for others, until `close`.
+
+    Args:
+        folder: of the batch's output.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._database = sqlite3.connect(folder / FILE, isolation_level=None, timeout=0.2, check_same_thread=False)
+        try:
+            self._open()
+        except sqlite3.OperationalError as error:
+            self._database.close()
+            if "locked" in str(error):
+                raise BatchError(f"{folder}: another run is at work in this folder") from error
+            raise BatchError(f"{folder / FILE}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise BatchError(f"{folder / FILE} is no manifest of a batch: {error}") from error
+        self.id = self._about("id")
+
+    def _open(self) -> None:
+        execute = self._database.execute
+        execute("PRAGMA locking_mode=EXCLUSIVE")
+        execute("PRAGMA journal_mode=WAL")
+        execute("PRAGMA synchronous=NORMAL")  # a loss of power may take the last lines, which are then done again
+        execute("BEGIN IMMEDIATE")
+        if not execute("SELECT 1 FROM sqlite_master WHERE name = 'about'").fetchone():
+            for statement in _SCHEMA.split(";"):
+                execute(statement)
+            about = {"version": _VERSION, "id": uuid.uuid4().hex}
+            self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+        execute("COMMIT")
+        if self._about("version") != _VERSION:
+            raise sqlite3.DatabaseError("it is of another version")
+
+    def _about(self, name: str) -> str:
+        return str(self._database.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()[0])
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------ at the start
+
+    def meet(self, rows: Sequence[Row], *, is_all: bool, endpoint: str, retry_failed: bool) -> Changes:
+        """Take in what a run is to do.
+
+        Args:
+            rows: of the run.
+            is_all: whether those are all rows of the batch, so that others are gone from it.
+            endpoint: ids of jobs are worth something there only.
+            retry_failed: whether what failed is to be tried again.
+        """
+        changes = Changes()
+        with self._transaction():
+            self._forget_jobs_elsewhere(endpoint)
+            known = {key for (key,) in self._database.execute("SELECT key FROM rows")}
+            if is_all:
+                listed = {row.key for row in rows}
+                changes.gone = sorted(known - listed)
+                self._database.execute("UPDATE rows SET position = NULL")
+            for position, row in enumerate(rows):
+                if row.key not in known:
+                    changes.new.append(row.key)
+                self._meet_row(row, position, is_all, changes)
+            if retry_failed:
+                keys = [(row.key,) for row in rows]
+                retry = "UPDATE tasks SET state = ?, attempts = 0, job_id = NULL WHERE key = ? AND state = ?"
+                self._database.executemany(retry, [(WAITING, key, FAILED) for (key,) in keys])
+        return changes
+
+    def _meet_row(self, row: Row, position: int, is_all: bool, changes: Changes) -> None:
+        if row.key in changes.new:
+            stem = self._free_stem(row.key)
+            insert = "INSERT INTO rows (key, position, folded, stem) VALUES (?, ?, ?, ?)"
+            self._database.execute(insert, (row.key, position, names.folded(stem), stem))
+        elif is_all:
+            self._database.execute("UPDATE rows SET position = ? WHERE key = ?", (position, row.key))
+        before = {task.part: task for task in self.tasks(row.key)}
+        differs = len(before) != len(row.parts)
+        for number, part in enumerate(row.parts):
+            if number not in before or before[number].digest != part.digest:
+                differs = True
+                self._begin_anew(row.key, number, part, before.get(number), changes)
+        self._database.execute("DELETE FROM tasks WHERE key = ? AND part >= ?", (row.key, len(row.parts)))
+        if differs and before:
+            changes.changed.append(row.key)
+
+    def _begin_anew(self, key: str, number: int, part: Part, before: Task | None, changes: Changes) -> None:
+        if before is not None and before.job_id is not None and before.state == SENT:
+            changes.abandoned_jobs.append(before.job_id)
+        file = None if before is None else before.file  # replaced, or removed, once there is another
+        insert = "INSERT OR REPLACE INTO tasks (key, part, digest, state, file) VALUES (?, ?, ?, ?, ?)"
+        self._database.execute(insert, (key, number, part.digest, WAITING, file))
+
+    def _free_stem(self, key: str) -> str:
+        stem = names.stem_of(key)
+        taken = self._database.execute("SELECT 1 FROM rows WHERE folded = ?", (names.folded(stem),)).fetchone()
+        return names.distinct_stem_of(key) if taken else stem
+
+    def _forget_jobs_elsewhere(self, endpoint: str) -> None:
+        before = self._database.execute("SELECT value FROM about WHERE name = 'endpoint'").fetchone()
+        if before is not None and before[0] != endpoint:
+            forget = "UPDATE tasks SET state = ?, job_id = NULL WHERE state = ?"
+            self._database.execute(forget, (WAITING, SENT))
+        self._database.execute("INSERT OR REPLACE INTO about VALUES ('endpoint', ?)", (endpoint,))
+
+    # ------------------------------------------------------------------------------ what there is
+
+    def tasks(self, key: str | None = None) -> Iterator[Task]:
+        """All jobs, in the order of the input; or those of a row."""
+        select = f"SELECT {', '.join(_COLUMNS)} FROM tasks JOIN rows USING (key) "
+        where = "WHERE position IS NOT NULL ORDER BY position, part" if key is None else "WHERE key = ? ORDER BY part"
+        found = self._database.execute(select + where, () if key is None else (key,))
+        for values in found.fetchall():
+            named: dict[str, Any] = dict(zip(_COLUMNS, values, strict=True))
+            yield Task(**named | {"result": json.loads(named["result"] or "{}")})
+
+    def stem(self, key: str) -> str:
+        """The name of a row's file, without extension."""
+        return str(self._database.execute("SELECT stem FROM rows WHERE key = ?", (key,)).fetchone()[0])
+
+    def joined(self, key: str) -> tuple[str | None, str | None]:
+        """The file that a row's parts were joined in, and the digest of what it was joined of."""
+        select = "SELECT joined, joined_of FROM rows WHERE key = ?"
+        file, digest = self._database.execute(select, (key,)).fetchone()
+        return file, digest
+
+    def idempotency_key(self, task: Task) -> str:
+        """The same for the same job, however often and from whatever run it is sent; another for another text."""
+        text = json.dumps([self.id, task.key, task.digest])
+        return f"batch-{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=20).hexdigest()}"
+
+    # ------------------------------------------------------------------------------ what happens
+
+    def note_waiting(self, task: Task) -> None:
+        """Nothing of it is under way any more."""
+        task.state, task.job_id = WAITING, None
+        self._note(task, "state", "job_id", "worker_s", "error_code", "error")
+
+    def note_sent(self, task: Task, job_id: str) -> None:
+        task.state, task.job_id = SENT, job_id
+        task.attempts += 1
+        self._note(task, "state", "job_id", "attempts")
+
+    def note_written(self, task: Task, file: str, num_bytes: int, result: Mapping[str, Any]) -> None:
+        """Its audio is whole, under its temporary name."""
+        task.state, task.file, task.num_bytes, task.result = WRITTEN, file, num_bytes, dict(result)
+        self._note(task, "state", "file", "num_bytes", "result", "worker_s")
+
+    def note_done(self, task: Task) -> None:
+        task.state, task.error_code, task.error = DONE, None, None
+        self._note(task, "state", "error_code", "error")
+
+    def note_failed(self, task: Task, code: str, message: str) -> None:
+        task.state, task.job_id, task.error_code, task.error = FAILED, None, code, message
+        self._note(task, "state", "job_id", "error_code", "error", "worker_s")
+
+    def note_joined(self, key: str, file: str, digest: str) -> None:
+        self._database.execute("UPDATE rows SET joined = ?, joined_of = ? WHERE key = ?", (file, digest, key))
+
+    def _note(self, task: Task, *columns: str) -> None:
+        values = [getattr(task, column) for column in columns]
+        values = [json.dumps(value) if isinstance(value, dict) else value for value in values]
+        assignments = ", ".join(f"{column} = ?" for column in columns)
+        update = f"UPDATE tasks SET {assignments} WHERE key = ? AND part = ?"
+        self._database.execute(update, (*values, task.key, task.part))
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._database)
+
+
+class _Transaction:
+    """All or nothing.
+
+    Args:
+        database: of which.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def __enter__(self) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def digest_of(tasks: Iterable[Task]) -> str:
+    """Of what some jobs made together."""
+    made = json.dumps([[task.digest, task.file, task.num_bytes] for task in tasks])
+    return hashlib.blake2b(made.encode(), digest_size=20).hexdigest()

@@ -1,0 +1,117 @@
+"""What came of a batch: `results.jsonl`, a line for each row, and a summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from scripts.batch import files
+from scripts.batch.costs import Rates, as_time, as_usd
+from scripts.batch.manifest import DONE, FAILED, SENT, WAITING, WRITTEN, Manifest, Task
+
+FILE = "results.jsonl"
+
+_COPIED = ("duration_s", "seed", "format", "sample_rate", "model", "voice", "watermarked", "repeated")
+_WORST_FIRST = (FAILED, WAITING, SENT, WRITTEN, DONE)
+_SHOWN_FAILURES = 10
+
+
+@dataclass
+class Summary:
+    """A batch as a whole.
+
+    Args:
+        rows, done, failed, open: numbers of rows.
+        audio_s: of all that is done.
+        worker_s: of all attempts. Jobs that share a worker count each, so this is more than the worker's time.
+        usd: what that costs at most; None where there is no price.
+        wall_s: of this run.
+        failures: key and why.
+        files: where to look.
+    """
+
+    rows: int = 0
+    done: int = 0
+    failed: int = 0
+    open: int = 0
+    audio_s: float = 0.0
+    worker_s: float = 0.0
+    usd: float | None = None
+    wall_s: float = 0.0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    folder: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "failures": [{"key": key, "error": error} for key, error in self.failures]}
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        counts = [f"{self.done:,} of {self.rows:,} rows done"]
+        counts += [f"{self.failed:,} failed"] if self.failed else []
+        counts += [f"{self.open:,} not done yet"] if self.open else []
+        pace = f" ({self.audio_s / self.wall_s:.1f} s of audio per second)" if self.wall_s >= 1 and self.done else ""
+        yield f"{', '.join(counts)}; {as_time(self.audio_s)} of audio in {as_time(self.wall_s)}{pace}"
+        cost = f": at most {as_usd(self.usd)} (jobs that shared a worker are counted each)" if self.usd else ""
+        yield f"workers spent {as_time(self.worker_s)} on it{cost}"
+        for key, error in self.failures[:_SHOWN_FAILURES]:
+            yield f"  failed: {key}: {error}"
+        if len(self.failures) > _SHOWN_FAILURES:
+            yield f"  and {len(self.failures) - _SHOWN_FAILURES:,} more"
+        yield f"results: {self.folder}"
+
+
+def write_results(manifest: Manifest, folder: Path, rates: Rates, wall_s: float) -> Summary:
+    """Write `results.jsonl`; gives the summary of all rows of the batch."""
+    summary = Summary(wall_s=wall_s, folder=str(folder / FILE))
+    lines = []
+    for key, tasks in groupby(manifest.tasks(), key=lambda task: task.key):
+        line = _line(key, list(tasks), manifest.joined(key)[0])
+        _count(summary, line)
+        lines.append(json.dumps(line, ensure_ascii=False))
+    summary.usd = rates.usd(summary.worker_s)
+    files.write_text(folder / FILE, "".join(f"{line}\n" for line in lines))
+    return summary
+
+
+def _line(key: str, tasks: Sequence[Task], joined: str | None) -> dict[str, Any]:
+    """A row."""
+    worst = min(tasks, key=lambda task: _WORST_FIRST.index(task.state))
+    is_done = worst.state == DONE
+    line: dict[str, Any] = {"key": key, "state": worst.state if worst.state in (DONE, FAILED) else "open"}
+    line["file"] = (tasks[0].file if len(tasks) == 1 else joined) if is_done else None
+    line |= {name: worst.result[name] for name in _COPIED if is_done and name in worst.result}
+    if len(tasks) > 1:
+        line["duration_s"] = round(sum(_duration_s(task) for task in tasks), 3)
+        line["parts"] = [_part(task) for task in tasks]
+    line["warnings"] = [*dict.fromkeys(each for task in tasks for each in task.result.get("warnings", ()))]
+    line["error_code"], line["error"] = (None, None) if is_done else (worst.error_code, worst.error)
+    line["attempts"] = sum(task.attempts for task in tasks)
+    line["worker_s"] = round(sum(task.worker_s for task in tasks), 3)
+    line["timings"] = {**worst.result.get("timings", {}), **worst.result.get("platform", {})} if is_done else {}
+    line["job_id"] = tasks[0].job_id if len(tasks) == 1 else None
+    return line
+
+
+def _part(task: Task) -> Mapping[str, Any]:
+    names = ("state", "file", "job_id", "attempts", "error_code", "error")
+    return {**{name: getattr(task, name) for name in names}, "duration_s": _duration_s(task)}
+
+
+def _duration_s(task: Task) -> float:
+    return float(task.result.get("duration_s", 0.0)) if task.state == DONE else 0.0
+
+
+def _count(summary: Summary, line: Mapping[str, Any]) -> None:
+    summary.rows += 1
+    summary.done += line["state"] == DONE
+    summary.failed += line["state"] == FAILED
+    summary.open += line["state"] == "open"
+    summary.worker_s += line["worker_s"]
+    if line["state"] == DONE:
+        summary.audio_s += line.get("duration_s") or 0.0
+    elif line["state"] == FAILED:
+        summary.failures.append((line["key"], f"{line['error_code']}: {line['error']}"))

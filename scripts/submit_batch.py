@@ -1,0 +1,426 @@
+"""Speaks many texts: `python scripts/submit_batch.py examples/batch.csv --local 2`.
+
+Takes a CSV or JSONL file with a row for each job, a folder of .txt and .md files, or a text or EPUB that is a whole
+book; gives an audio file for each, in one folder with results.jsonl. Rows are checked before anything is sent. A run
+that ends, however it does, is gone on with by the same command, and nothing is spoken twice. --local N speaks on this
+machine, with MODEL (draft) from the environment; otherwise the endpoint is --endpoint, and its key RUNPOD_API_KEY.
+
+Exit codes: 0 all done, 1 some failed, 2 bad rows or usage, 130 interrupted. How it is built: scripts/batch/__init__.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # run as a file, Python looks for packages beside it; they are in the folder above
+
+import typer  # noqa: E402
+
+from scripts.batch import costs  # noqa: E402
+from scripts.batch.board import Board, Style  # noqa: E402
+from scripts.batch.checking import Checked, Reading, Row, check_rows  # noqa: E402
+from scripts.batch.client import Client  # noqa: E402
+from scripts.batch.errors import BatchError, EndpointError  # noqa: E402
+from scripts.batch.manifest import Changes, Manifest  # noqa: E402
+from scripts.batch.rates import limits_of  # noqa: E402
+from scripts.batch.report import write_results  # noqa: E402
+from scripts.batch.rows import Problem, read_rows  # noqa: E402
+from scripts.batch.runner import Policy, Runner  # noqa: E402
+from scripts.batch.voices import missing_voices  # noqa: E402
+from scripts.console import complain  # noqa: E402
+
+API_URL = "https://api.runpod.ai/v2"
+SOME_FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+
+_SHOWN_KEYS = 5
+_SHOWN_PROBLEMS = 50
+
+
+class OnInterrupt(StrEnum):
+    """What becomes of the jobs that the platform has when a run is stopped."""
+
+    ASK = "ask"
+    CANCEL = "cancel"
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where jobs go.
+
+    Args:
+        name: what ids of jobs are worth something at.
+        url: what stands before /run.
+        key: to it.
+        is_local: whether it is on this machine, so behind no proxy.
+        ends_with_us: whether it is gone after the run.
+    """
+
+    name: str
+    url: str
+    key: str | None
+    is_local: bool
+    ends_with_us: bool = False
+
+
+INPUT, OUTPUT, WHERE, HOW = "What is spoken", "What comes out", "Where", "How"
+
+
+def main(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="CSV, JSONL, folder of texts, text or EPUB.")],
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="FIELD=COLUMN", help="Which column holds a field.", rich_help_panel=INPUT),
+    ] = None,
+    defaults: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Of rows that do not say.", rich_help_panel=INPUT),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Of the rows' keys; else key or id.", rich_help_panel=INPUT),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="That is no field; * for any characters.", rich_help_panel=INPUT),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Only these rows; * for any characters.", rich_help_panel=INPUT),
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Of the input.", rich_help_panel=INPUT)] = "utf-8-sig",
+    part_chars: Annotated[
+        int,
+        typer.Option(min=1_000, max=500_000, help="Longer texts go as several jobs.", rich_help_panel=INPUT),
+    ] = 100_000,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on without bad rows.", rich_help_panel=INPUT)
+    ] = False,
+    check_voices: Annotated[
+        bool, typer.Option(help="Ask the endpoint for the voices that rows name.", rich_help_panel=INPUT)
+    ] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Else out/NAME-OF-INPUT.", rich_help_panel=OUTPUT),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.", rich_help_panel=OUTPUT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines.", rich_help_panel=OUTPUT)] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, estimate, send nothing.", rich_help_panel=OUTPUT)
+    ] = False,
+    local_workers: Annotated[
+        int | None, typer.Option("--local", metavar="N", min=1, help="Workers on this machine.", rich_help_panel=WHERE)
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="ID", help="[RUNPOD_ENDPOINT_ID]", rich_help_panel=WHERE)
+    ] = None,
+    api_url: Annotated[str, typer.Option(metavar="URL", help="Of the platform.", rich_help_panel=WHERE)] = API_URL,
+    webhook: Annotated[
+        str | None, typer.Option(metavar="URL", help="Called by the platform for each job.", rich_help_panel=WHERE)
+    ] = None,
+    in_flight: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Jobs at once.", rich_help_panel=HOW)
+    ] = Policy.in_flight,
+    attempts: Annotated[
+        int, typer.Option(min=1, help="Of a job whose error may pass.", rich_help_panel=HOW)
+    ] = Policy.max_failures,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="run=N", help="Requests in 10 s: run, status, stream, cancel.", rich_help_panel=HOW),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="What failed in earlier runs, too.", rich_help_panel=HOW)
+    ] = False,
+    on_interrupt: Annotated[
+        OnInterrupt, typer.Option(help="With what the platform has, at Ctrl-C.", rich_help_panel=HOW)
+    ] = OnInterrupt.ASK,
+    max_audio_bytes: Annotated[
+        int, typer.Option(min=1, help="Of a file that lies in a bucket.", rich_help_panel=HOW)
+    ] = Policy.max_audio_bytes,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="KIND", help="For its price (scripts/prices.toml).", rich_help_panel=HOW)
+    ] = None,
+    price_per_second: Annotated[
+        float | None, typer.Option(min=0, metavar="USD", help="Of a worker.", rich_help_panel=HOW)
+    ] = None,
+    chars_per_second: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="That a worker speaks, to estimate its cost.", rich_help_panel=HOW),
+    ] = None,
+) -> None:
+    """Speak many texts; the same command goes on where it stopped."""
+    style = Style.JSON if as_json else Style.QUIET if quiet else Style.PEOPLE
+    try:
+        reading = Reading(
+            columns=_pairs("--map", mapping),
+            defaults=_pairs("--set", defaults),
+            key=key,
+            ignored=tuple(ignore or ()),
+            part_chars=part_chars,
+        )
+        limits = limits_of(_pairs("--rate", rate))
+        rates = _rates(gpu, price_per_second, chars_per_second)
+        checked = check_rows(read_rows(source, encoding), reading, tuple(only or ()))
+        _tell_problems(checked.problems)
+        _refuse(checked, skip_bad)
+        board = Board(style, rates)
+        _tell_estimate(checked.rows, rates, board)
+        if dry_run:
+            return
+        folder = out or Path("out") / (source.name if source.is_dir() else source.stem)
+        batch = _Batch(
+            checked=checked,
+            folder=folder,
+            board=board,
+            rates=rates,
+            policy=Policy(in_flight, attempts, max_audio_bytes, webhook),
+            limits=limits,
+            is_all=not only,
+            retry_failed=retry_failed,
+            check_voices=check_voices,
+            skip_bad=skip_bad,
+            on_interrupt=on_interrupt,
+        )
+        where = None if local_workers is not None else _remote(endpoint, api_url)
+        raise typer.Exit(batch.run(where, local_workers or 0))
+    except BatchError as error:
+        complain(f"error: {error}")
+        raise typer.Exit(BAD_USAGE) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+    except (EndpointError, OSError) as error:
+        complain(f"error: {error}; what is done is kept, and the same command goes on")
+        raise typer.Exit(SOME_FAILED) from error
+
+
+def _pairs(option: str, texts: Sequence[str] | None) -> dict[str, str]:
+    pairs = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or not value:
+            raise BatchError(f"{option} {text}: expected NAME=VALUE")
+        pairs[name.strip()] = value
+    return pairs
+
+
+def _rates(gpu: str | None, usd_per_s: float | None, chars_per_s: float | None) -> costs.Rates:
+    return costs.Rates.of(
+        gpu,
+        usd_per_s,
+        chars_per_s,
+        model=os.environ.get("MODEL") or "turbo",
+        table=ROOT / "scripts" / "prices.toml",
+        measured=ROOT / "docs" / "benchmarks",
+    )
+
+
+def _remote(endpoint: str | None, api_url: str) -> Endpoint:
+    endpoint = endpoint or os.environ.get("RUNPOD_ENDPOINT_ID")
+    key = os.environ.get("RUNPOD_API_KEY")
+    if not endpoint:
+        raise BatchError("which endpoint? say --endpoint ID (or RUNPOD_ENDPOINT_ID), or --local 2 for this machine")
+    if not key:
+        raise BatchError("RUNPOD_API_KEY is not set")
+    if api_url.startswith("http://") and "//127.0.0.1" not in api_url and "//localhost" not in api_url:
+        raise BatchError(f"--api-url {api_url}: over http the key could be read on its way; use https")
+    url = f"{api_url.rstrip('/')}/{endpoint}"
+    return Endpoint(url, url, key, api_url.startswith("http://"))
+
+
+def _tell_problems(problems: Sequence[Problem]) -> None:
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        complain(str(problem))
+    if len(problems) > _SHOWN_PROBLEMS:
+        complain(f"and {len(problems) - _SHOWN_PROBLEMS:,} more")
+
+
+def _refuse(checked: Checked, skip_bad: bool) -> None:
+    """Nothing is sent of a batch with bad rows, unless that was said.
+
+    Raises:
+        BatchError: for bad rows, and for none at all.
+    """
+    if checked.problems and not skip_bad:
+        raise BatchError(f"{len(checked.problems):,} bad rows, nothing was sent (--skip-bad goes on without them)")
+    if not checked.rows:
+        raise BatchError("there are no rows")
+
+
+def _tell_estimate(rows: Sequence[Row], rates: costs.Rates, board: Board) -> None:
+    parts = [part for row in rows for part in row.parts]
+    num_chars = sum(part.num_chars for part in parts)
+    audio_s = costs.total_spoken_s((part.num_chars, part.language) for part in parts)
+    usd = rates.expected_usd(num_chars)
+    cost = "" if usd is None else f", some {costs.as_usd(usd)} ({rates.chars_per_s:.0f} characters/s, {rates.source})"
+    board.event("plan", rows=len(rows), jobs=len(parts), chars=num_chars, expected_audio_s=audio_s, expected_usd=usd)
+    jobs = f"{len(rows):,} rows" if len(rows) == len(parts) else f"{len(rows):,} rows, {len(parts):,} jobs"
+    board.say(f"{jobs}, {num_chars:,} characters: about {costs.as_time(audio_s)} of audio{cost}; an estimate")
+    for warning in dict.fromkeys(warning for row in rows for warning in row.warnings):
+        board.say(f"warning: {warning}")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A run, all that it needs in one place."""
+
+    checked: Checked
+    folder: Path
+    board: Board
+    rates: costs.Rates
+    policy: Policy
+    limits: dict[str, int]
+    is_all: bool
+    retry_failed: bool
+    check_voices: bool
+    skip_bad: bool
+    on_interrupt: OnInterrupt
+
+    def run(self, where: Endpoint | None, num_local: int) -> int:
+        """The exit code."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with Manifest(self.folder) as manifest, contextlib.ExitStack() as held:
+            if where is None:
+                from scripts.batch.local import local_endpoint  # and a web server, where it is asked for
+
+                platform = held.enter_context(local_endpoint(num_local, self.folder))
+                name = f"this machine, {uuid.uuid4()}"  # whose jobs are gone with it
+                where = Endpoint(name, platform.url, platform.api_key, is_local=True, ends_with_us=True)
+            began_s = time.monotonic()
+            try:
+                code = asyncio.run(self._run(manifest, where))
+            except EndpointError:
+                write_results(manifest, self.folder, self.rates, time.monotonic() - began_s)
+                raise
+            finally:
+                self.board.close()
+            return self._finish(manifest, code, time.monotonic() - began_s)
+
+    async def _run(self, manifest: Manifest, where: Endpoint) -> int:
+        async with Client(
+            where.url, where.key, self.limits, is_local=where.is_local, on_trouble=self.board.trouble
+        ) as client:
+            with _Interrupts() as interrupts:
+                preparing = asyncio.create_task(self._prepare(manifest, client, where))
+                if not await interrupts.ended_before(preparing):
+                    return INTERRUPTED
+                runner = Runner(client, manifest, self.folder, self.checked.rows, self.policy, self.board)
+                running = asyncio.create_task(runner.run())
+                if await interrupts.ended_before(running):
+                    return 0
+                await runner.stop(running)
+                await self._settle(runner, where)
+                return INTERRUPTED
+
+    async def _prepare(self, manifest: Manifest, client: Client, where: Endpoint) -> None:
+        """Look for the voices, and take the rows in."""
+        if self.check_voices:
+            problems = await missing_voices(client, self.checked.rows)
+            _tell_problems(problems)
+            self.checked.problems.extend(problems)
+            bad = {problem.source for problem in problems}
+            self.checked.rows[:] = [row for row in self.checked.rows if row.source not in bad]
+            _refuse(self.checked, self.skip_bad)
+        changes = manifest.meet(
+            self.checked.rows,
+            is_all=self.is_all,
+            endpoint=where.name,
+            retry_failed=self.retry_failed,
+        )
+        self._tell_changes(changes)
+        for job_id in changes.abandoned_jobs:
+            with contextlib.suppress(Exception):
+                await client.cancel(job_id)
+
+    def _tell_changes(self, changes: Changes) -> None:
+        told = {"changed since the last run, and are done anew": changes.changed}
+        told["are not in the input any more; their files stay"] = changes.gone
+        for what, keys in told.items():
+            if keys:
+                more = ", …" if len(keys) > _SHOWN_KEYS else ""
+                self.board.say(f"{len(keys):,} rows {what}: {', '.join(keys[:_SHOWN_KEYS])}{more}")
+        self.board.event("changes", new=len(changes.new), changed=changes.changed, gone=changes.gone)
+
+    async def _settle(self, runner: Runner, where: Endpoint) -> None:
+        """After an interrupt: cancel or leave what the platform has."""
+        self.board.close()
+        if where.ends_with_us:
+            return
+        answer = self.on_interrupt
+        if answer is OnInterrupt.ASK:
+            answer = await asyncio.to_thread(_ask_about_jobs)
+        if answer is OnInterrupt.CANCEL:
+            self.board.say("cancelling; Ctrl-C again leaves at once")
+            self.board.say(f"{await runner.cancel_all():,} jobs cancelled")
+
+    def _finish(self, manifest: Manifest, code: int, wall_s: float) -> int:
+        summary = write_results(manifest, self.folder, self.rates, wall_s)
+        self.board.event("summary", **summary.as_json())
+        for line in summary.lines():
+            self.board.say(line)
+        if code == INTERRUPTED:
+            self.board.say("interrupted; the same command goes on")
+            return code
+        return SOME_FAILED if summary.failed or summary.open or self.checked.problems else code
+
+
+def _ask_about_jobs() -> OnInterrupt:
+    """What to do with the jobs that the platform has; where nobody can be asked they are left, to be collected."""
+    if not sys.stdin.isatty():
+        return OnInterrupt.LEAVE
+    cancels = typer.confirm("Cancel the jobs that the platform has? (Left, the next run collects them.)", err=True)
+    return OnInterrupt.CANCEL if cancels else OnInterrupt.LEAVE
+
+
+class _Interrupts:
+    """Ctrl-C and SIGTERM while it is entered: the first is awaited, the second ends the process at once."""
+
+    def __enter__(self) -> _Interrupts:
+        self._first = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._num = 0
+
+        def hear(*_: object) -> None:
+            self._num += 1
+            if self._num > 1:
+                os._exit(INTERRUPTED)  # the manifest is true at any moment
+            loop.call_soon_threadsafe(self._first.set)
+
+        for number in self._before:
+            signal.signal(number, hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    async def ended_before(self, task: asyncio.Task[None]) -> bool:
+        """Wait for a task; False when an interrupt came first.
+
+        Raises:
+            What the task raises.
+        """
+        waiting = asyncio.create_task(self._first.wait())
+        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if task.done():
+            task.result()
+            return True
+        return False
+
+
+if __name__ == "__main__":
+    typer.run(main)
