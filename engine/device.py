@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from engine.errors import SpeechError
 from engine.kernels import HalfMatrix, product
-from engine.machine import Probe, probe
+from engine.machine import Probe, ask_for_huge_pages, probe
 
 MIN_BF16_GAIN = 1.1
 """How much faster bf16 must be measured before it is worth its lost digits; below lies timing noise."""
@@ -297,12 +297,13 @@ def resolve(
     apply(plan)  # before measuring: the gain depends on the number of threads
     # Without the hardware bf16 is emulated, which loses as soon as two rows share a step.
     if dtype == "auto" and plan.device == "cpu" and found.cpu_bf16:
-        gains = {
-            "bf16_gain": measure_gain("bfloat16", rows),
-            "bf16_flow_gain": measure_gain("bfloat16", FLOW_ROWS),
-            "half_gain": measure_gain("float16", rows) if found.half_kernels else None,
-        }
-        found = dataclasses.replace(found, **gains)  # type: ignore[arg-type]
+        t3_gains = measure_gains(("bfloat16", "float16") if found.half_kernels else ("bfloat16",), rows)
+        found = dataclasses.replace(
+            found,
+            bf16_gain=t3_gains["bfloat16"],
+            half_gain=t3_gains.get("float16"),
+            bf16_flow_gain=measure_gains(("bfloat16",), FLOW_ROWS)["bfloat16"],
+        )
         plan = choose(found, device, dtype, num_threads)
     return plan, found
 
@@ -338,30 +339,31 @@ def autocast(plan: DevicePlan) -> AbstractContextManager[Any]:
 # -------------------------------------------------------------------------------------- measuring
 
 
-def measure_gain(dtype: str, rows: int = 1) -> float:
-    """Times by which a dtype is faster than float32 on the CPU, for a chain of products of T3's sizes, 1024 to 4096
+def measure_gains(dtypes: Sequence[str], rows: int = 1) -> dict[str, float]:
+    """Times by which each dtype is faster than float32 on the CPU, for a chain of products of T3's sizes, 1024 to 4096
     and back.
 
     The chain is 134 MB in float32, more than most caches hold, because decoding reads all weights at every step.
     Takes a few hundred milliseconds and measures with torch's current number of threads; nothing is cached here.
 
     Args:
-        dtype: "bfloat16" by torch's own products, or "float16" by `engine.kernels`.
+        dtypes: "bfloat16" by torch's own products, "float16" by `engine.kernels`.
         rows: multiplied at once.
     """
-    runs = [_product_chain(rows, "float32"), _product_chain(rows, dtype)]
+    shapes = [(4096, 1024), (1024, 4096)] * (4 if rows < 64 else 1)  # large products are bound by arithmetic
+    weights = [ask_for_huge_pages(torch.empty(shape)).fill_(1.0 / shape[1]) for shape in shapes]
+    runs = [_product_chain(weights, rows, dtype) for dtype in ("float32", *dtypes)]
     best = [float("inf")] * len(runs)
     for turn in range(4):  # in turns, so that a busy moment of the machine meets both
         for index, run in enumerate(runs):
             seconds = run()
             if turn:  # the first turn fills caches and packs weights
                 best[index] = min(best[index], seconds)
-    return best[0] / best[1]
+    return {dtype: best[0] / seconds for dtype, seconds in zip(dtypes, best[1:], strict=True)}
 
 
-def _product_chain(rows: int, dtype: str) -> Callable[[], float]:
-    shapes = [(4096, 1024), (1024, 4096)] * (4 if rows < 64 else 1)  # large products are bound by arithmetic
-    products = [_product_by(torch.full(shape, 1.0 / shape[1]), dtype) for shape in shapes]
+def _product_chain(weights: Sequence[torch.Tensor], rows: int, dtype: str) -> Callable[[], float]:
+    products = [_product_by(weight, dtype) for weight in weights]
     start = torch.ones(rows, 1024, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
     def run() -> float:

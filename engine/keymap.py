@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from engine.machine import ask_for_huge_pages
 from engine.weights import Combined, WeightFile, load_module
 
 
@@ -48,9 +49,15 @@ def _fold_weight_norm(magnitude: Tensor, direction: Tensor) -> Tensor:
     return magnitude * direction / norm
 
 
+def _stack(*parts: Tensor) -> Tensor:
+    """One below the other. For a moment only, but memory that is new costs as much as the copying."""
+    whole = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype, device=parts[0].device)
+    return torch.cat(parts, out=ask_for_huge_pages(whole))
+
+
 COMBINE: Mapping[str, Callable[..., Tensor]] = {
     "same": lambda tensor: tensor,
-    "stack": lambda *parts: torch.cat(parts),
+    "stack": _stack,
     "transpose": lambda weight: weight.T,
     "squeeze": lambda weight: weight.squeeze(-1),
     "weight_norm": _fold_weight_norm,

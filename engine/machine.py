@@ -6,6 +6,9 @@ also write by hand.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import mmap
 import os
 import platform
 import re
@@ -141,6 +144,36 @@ def available_memory(root: Path = Path("/")) -> int | None:
         cached = sum(int(size) for size in re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE))
         available = min(available, max(0, int(limit) - int(used) + cached))
     return available
+
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Of x86, and of ARM with small pages of 4 KiB."""
+
+
+def ask_for_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Have fresh memory of the CPU backed by huge pages where Linux gives them on request (madvise(2)); the tensor.
+
+    Filling a gigabyte then takes 500 page faults instead of 260,000, and reading it fewer look-ups of addresses. Only
+    whole huge pages inside the tensor are asked for, so that it takes no more memory. Where there are none, or another
+    policy is set, nothing happens.
+    """
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first = -(-start // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    num_bytes = end // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES - first
+    madvise = _madvise()
+    if madvise is not None and tensor.device.type == "cpu" and num_bytes > 0:
+        madvise(first, num_bytes, mmap.MADV_HUGEPAGE)
+    return tensor
+
+
+@functools.cache
+def _madvise() -> Any:
+    """The C library's, or None where there is no such call or no such advice."""
+    if platform.system() != "Linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise
 
 
 def _sysctl(name: str) -> int | None:

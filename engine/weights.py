@@ -22,6 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from engine.errors import SpeechError
+from engine.machine import ask_for_huge_pages
 
 MAX_WINDOW_BYTES = 64 << 20
 """Most bytes of a file that stay mapped and read; for small files it is a thirty-second of their size."""
@@ -381,7 +382,7 @@ def _read(
     weights: WeightFile, name: str, source: Combined, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """A fresh tensor with the file's values: never a view of the mapped file, whose pages are to be freed."""
-    new = torch.empty(shape, dtype=dtype, device=device)
+    new = ask_for_huge_pages(torch.empty(shape, dtype=dtype, device=device))
     if source.combine is _as_it_is:
         _copy_by_rows(weights, source.keys[0], new)
         return new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from scripts.benchmarks.figures import Better, Figure, Outcome, Runner, Series, Target, take_turns
+from scripts.benchmarks.figures import BenchmarkError, Better, Figure, Outcome, Runner, Series, Target, take_turns
 from scripts.benchmarks.options import Contender, Options
 from scripts.benchmarks.plot import throughput_of, write_plot
+from scripts.benchmarks.starting import check_length, worker_environment
 from scripts.benchmarks.targets import target
 from scripts.benchmarks.weights import distinct_tokens
 
@@ -212,3 +214,18 @@ def test_figures_without_rows_cannot_be_plotted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
         write_plot(tmp_path / "curves.png", [Figure("flow", "seconds", "", "s", "less", series(OURS, 1.0))], "")
     assert throughput_of([Figure("t3", "tokens_per_s", "", "", "more", series(OURS, 1.0))])
+
+
+@pytest.mark.parametrize(("audio_s", "is_refused"), [(2.4, False), (2.52, False), (2.0, True), (5.0, True)])
+def test_a_start_counts_only_where_a_side_said_what_it_was_to(audio_s: float, is_refused: bool) -> None:
+    with pytest.raises(BenchmarkError, match="expected 2.40 s") if is_refused else contextlib.nullcontext():
+        check_length(audio_s, 60, OURS)
+
+
+def test_a_start_is_measured_with_a_workers_own_settings_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VOICES_DIR", "/voices")
+    monkeypatch.setenv("DTYPE", "bfloat16")
+    environment = worker_environment(Options(model="turbo", device="cpu"), Path("weights"), OURS)
+    assert "VOICES_DIR" not in environment
+    assert (environment["MODEL"], environment["DTYPE"], environment["OMP_NUM_THREADS"]) == ("turbo", "float32", "1")
+    assert Path(environment["MODEL_DIR"]).is_absolute()

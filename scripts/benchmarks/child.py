@@ -1,12 +1,13 @@
 """One side in a process of its own, for what only a fresh process shows: its start and its memory.
 
 Run by starting.py: `python -m scripts.benchmarks.child '{"side": "ours", …}'`. Prints a line of JSON when it
-is ready to speak the built-in voice, and one more when it has spoken a few tokens (by then all weights have
-been touched: pages that are only mapped do not count as resident before).
+is ready to speak the built-in voice, and one more when it has spoken a chunk (by then all weights have been
+touched: pages that are only mapped do not count as resident before).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,9 +18,8 @@ from typing import Any
 
 from scripts.benchmarks.options import Options
 
-NUM_TOKENS = 8
-"""Spoken after loading. Few, because the start is measured; several, because random weights may give control
-tokens, which are not spoken."""
+Speak = Callable[[], tuple[float, str]]
+"""Says the text; gives the audio's seconds, and what it was computed in."""
 
 
 def main() -> None:
@@ -27,32 +27,39 @@ def main() -> None:
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what upstream prints is not a report
     options = Options(model=asked["model"], device=asked["device"], size=asked["size"])
-    load = {"ours": load_ours, "upstream": load_upstream}[asked["side"]]
-    speak, dtype = load(options, Path(asked["folder"]), asked["dtype"], asked["num_threads"])
-    _report(reports, "ready", dtype)
-    speak()
-    _report(reports, "spoken", dtype)
+    if asked["side"] == "ours":
+        speak = load_ours(asked["text"])
+    else:
+        speak = load_upstream(options, Path(asked["folder"]), asked["text"], asked["num_threads"])
+    _report(reports, "ready")
+    audio_s, dtype = speak()
+    _report(reports, "spoken", audio_s=audio_s, dtype=dtype)
 
 
-def load_ours(options: Options, folder: Path, dtype: str, num_threads: int) -> tuple[Callable[[], object], str]:
-    from engine import Engine, EngineConfig, SpeechRequest
+def load_ours(text: str) -> Speak:
+    """A worker as the platform's is loaded, by the environment; then a job, up to the encoded audio."""
+    from jobs.settings import read_settings
+    from jobs.worker import Worker
 
-    engine = Engine.load(
-        EngineConfig(model=options.model, model_dir=folder, device=options.device, dtype=dtype, num_threads=num_threads)
-    )
-    request = SpeechRequest(text="One.", seed=1, max_new_tokens=NUM_TOKENS)
+    worker = Worker.load(read_settings())
 
-    def speak() -> object:
-        with engine:
-            return engine.speak(request)
+    def run(**fields: object) -> dict[str, Any]:
+        result = asyncio.run(worker.run({"id": "first", "input": fields}))
+        assert "error" not in result, result
+        return result
 
-    stats = engine.stats()
-    return speak, f"{stats['dtype']}, flow {stats['flow_dtype']}"
+    def speak() -> tuple[float, str]:
+        result = run(text=text, seed=1)
+        assert all(chunk["attempts"] == 1 for chunk in result["chunks"]), result["chunks"]
+        stats = run(operation="info")["engine"]
+        return result["duration_s"], f"{stats['dtype']}, flow {stats['flow_dtype']}"
+
+    return speak
 
 
-def load_upstream(options: Options, folder: Path, _: str, num_threads: int) -> tuple[Callable[[], object], str]:
-    """By upstream's own `from_local`, where it knows the checkpoint."""
-    from scripts.benchmarks.upstream import load_speaker, quiet, upstream_class
+def load_upstream(options: Options, folder: Path, text: str, num_threads: int) -> Speak:
+    """By upstream's own `from_local`, where it knows the checkpoint; then its `generate`, with the voice ready-made."""
+    from scripts.benchmarks.upstream import generate, load_speaker, quiet, upstream_class
 
     if options.size == "full" and options.model in ("turbo", "original", "multilingual"):
         with quiet():
@@ -62,7 +69,7 @@ def load_upstream(options: Options, folder: Path, _: str, num_threads: int) -> t
     import torch
 
     torch.set_num_threads(num_threads)
-    return lambda: _speak_upstream(options, speaker), "float32"
+    return lambda: (generate(speaker, text).shape[-1] / speaker.sr, "float32")
 
 
 def asked_device(options: Options) -> str:
@@ -74,24 +81,8 @@ def asked_device(options: Options) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _speak_upstream(options: Options, speaker: Any) -> object:
-    import torch
-
-    from engine.models import SPEECH_VOCAB_SIZE, START_TEXT_TOKEN, STOP_TEXT_TOKEN
-    from scripts.benchmarks.decoding import upstream_tokens
-    from scripts.benchmarks.upstream import quiet
-
-    device = speaker.t3.speech_emb.weight.device
-    text = torch.tensor([[START_TEXT_TOKEN, 300, STOP_TEXT_TOKEN]], device=device)
-    with quiet():
-        tokens = torch.tensor(upstream_tokens(speaker, options.spec, text, NUM_TOKENS), device=device)
-        spoken = tokens[tokens < SPEECH_VOCAB_SIZE]
-        waveform, _ = speaker.s3gen.inference(speech_tokens=spoken, ref_dict=speaker.conds.gen)
-        return speaker.watermarker.apply_watermark(waveform[0].cpu().numpy(), sample_rate=speaker.sr)
-
-
-def _report(reports: Any, event: str, dtype: str) -> None:
-    reports.write(json.dumps({"event": event, "dtype": dtype, **memory_bytes()}) + "\n")
+def _report(reports: Any, event: str, **more: object) -> None:
+    reports.write(json.dumps({"event": event, **more, **memory_bytes()}) + "\n")
     reports.flush()
 
 
