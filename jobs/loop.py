@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jobs import logs
@@ -44,12 +45,14 @@ def serve(settings: Settings) -> None:
     """
     check_servable(settings)
     config: dict[str, Any] = {"concurrency_modifier": lambda _current: settings.max_concurrency}
-    worker = _load_worker(settings, _Replacement(config).ask)
     with contextlib.ExitStack() as closing:
-        closing.callback(worker.close)
         outbox = closing.enter_context(Outbox(os.environ))
         os.environ.update(outbox.environment)
-        runpod = _import_runpod(settings.log_level)
+        with ThreadPoolExecutor(1, "import") as beside:  # a second, most of it waiting, while the weights load
+            importing = beside.submit(_import_runpod, settings.log_level)
+            worker = _load_worker(settings, _Replacement(config).ask)
+            closing.callback(worker.close)
+            runpod = importing.result()
         for check in worker.fitness_checks():
             runpod.serverless.register_fitness_check(check)
         config["handler"] = worker.stream if settings.streaming else _handler(worker, runpod)
