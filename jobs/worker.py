@@ -280,7 +280,8 @@ class Worker:
                 self.metrics.end(figures)
                 about = {**figures.for_log(), "field": known_field(result.get("field"))}
                 more = {"figures": about, "content": job_content(job, result)}
-                _log.info("job %s: %s in %.2f s", job.get("id"), figures.outcome, figures.seconds, extra=more)
+                name = job.get("id") or "without id"
+                _log.info("job %s: %s in %.2f s", name, figures.outcome, figures.seconds, extra=more)
         return result
 
     async def _answer(self, job: Mapping[str, Any], **surroundings: Any) -> dict[str, Any]:

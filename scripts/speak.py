@@ -102,6 +102,8 @@ def main(
         asked = Asked(_text(text, file), lines, given, output, url)
         _check(asked)
         asyncio.run(_speak(asked))
+        if output not in (None, "-"):
+            complain(f"wrote {output}")
     except (UsageError, SettingsError, SinkError, SpeakingError, EndpointError, JobError) as error:
         code = f" ({error.code})" if isinstance(error, JobError) else ""
         complain(f"error: {error}{code}")

@@ -158,14 +158,6 @@ def test_a_models_own_weights_speak_in_a_files_voice_and_nobody_else_writes_to_t
     assert [line for line in finished.stderr.splitlines() if not OUR_LINE.match(line)] == []
 
 
-def test_the_image_holds_the_test_job_and_all_it_copies_is_sent_to_the_build() -> None:
-    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    names = {name for names in copied for name in names.split()}
-    assert handler.DEFAULT_JOB.name in names
-    assert names <= {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()}
-    assert all((ROOT / name).exists() for name in names)
-
-
 def test_info_runs_locally(call: Callable[..., Finished]) -> None:
     assert call("--test_input", job(operation="info")).result()["model"] == "draft"
 

@@ -88,7 +88,6 @@ def test_other_workers_names_for_it_are_understood(operation: str, mode: str | N
         ({"inputaudio": "AAAA"}, "inputaudio"),
         ({"seed": -1}, "seed"),
         ({"loudness_lufs": -20, "audio_normalization": "peak"}, "loudness_lufs"),
-        ({"delivery": "s3"}, "delivery"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(fields: dict[str, Any], field: str) -> None:

@@ -307,7 +307,7 @@ def test_pieces_that_are_taken_slowly_grow_instead_of_becoming_many(worker: Work
         pieces = []
         async for piece in worker.stream({"input": {"text": TEXT}}):
             pieces.append(piece)
-            while any(task.get_coro().__name__ == "_told" for task in asyncio.all_tasks()):  # type: ignore[union-attr]
+            while any(task.get_coro().__name__ == "_attended" for task in asyncio.all_tasks()):  # type: ignore[union-attr]
                 await asyncio.sleep(0.01)
         return pieces
 

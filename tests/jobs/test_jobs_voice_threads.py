@@ -62,6 +62,8 @@ def test_what_waits_to_be_stored_is_bounded_counted_and_given_up_at_the_end(
     assert voices is not None
     voice = voices.find(voice_id, "voice_id")
     conditionals = voices.conditionals(voice)
+    for _ in range(voices_module._MAX_TO_STORE):  # until what saving her stored has given its room back
+        assert voices._room_to_store.acquire(timeout=PATIENCE_S)
     monkeypatch.setattr(voices, "_room_to_store", threading.BoundedSemaphore(voices_module._MAX_TO_STORE))
     release, begun, puts = threading.Event(), threading.Event(), []
 

@@ -429,6 +429,35 @@ def test_a_worker_that_is_killed_blocks_its_key_for_a_moment_only(tmp_path: Path
     assert (tmp_path / "made").read_text() == "xx"
 
 
+class Meanwhile(FolderStore):
+    """Has something happen just behind the first look for a result."""
+
+    happens: Callable[[], object] | None = None
+
+    def read(self, key: str, max_bytes: int) -> bytes | None:
+        data = super().read(key, max_bytes)
+        happens, self.happens = (self.happens, None) if key.startswith("kept/") else (None, self.happens)
+        if happens is not None:
+            happens()
+        return data
+
+
+def test_what_another_worker_finished_between_looking_and_claiming_is_not_done_again(
+    keeping: MakeKeeping, tmp_path: Path
+) -> None:
+    store, engine = Meanwhile(tmp_path / "results"), ToneEngine()
+    late, other = keeping(engine, store), keeping()
+    made: list[dict[str, Any]] = []
+
+    def finish() -> None:
+        made.append(run(other, text="Hello", **KEY))
+        no_claims(tmp_path)
+
+    store.happens = finish
+    assert run(late, text="Hello", **KEY) == {**made[0], "repeated": True} and engine.requests == []
+    no_claims(tmp_path)
+
+
 # ---------------------------------------------------------------------------------- claims
 
 
@@ -530,6 +559,25 @@ def test_a_store_that_fails_costs_a_warning_and_this_worker_still_keeps(
     run(worker, text="Bye", idempotency_key="third")
     assert kept_files(tmp_path)
     worker.close()
+
+
+def test_the_second_of_two_on_a_worker_waits_for_the_first_though_nothing_can_be_claimed(
+    keeping: MakeKeeping, tmp_path: Path
+) -> None:
+    engine = Slow()
+    worker = keeping(engine, Broken(tmp_path / "results"))
+
+    async def both() -> list[dict[str, Any]]:
+        job = {"id": "1", "input": {"text": "Hello", **KEY}}
+        first = asyncio.create_task(worker.run(job))
+        await asyncio.to_thread(engine.has_begun.wait, 20)
+        second = asyncio.create_task(worker.run(job))
+        await asyncio.sleep(0.2)
+        engine.finish_all()
+        return [await first, await second]
+
+    first, second = asyncio.run(both())
+    assert second["repeated"] and second["audio"] == first["audio"] and len(engine.requests) == 1
 
 
 def test_a_store_that_fails_in_between_costs_no_job(settings: Settings, tmp_path: Path) -> None:
