@@ -15,12 +15,10 @@ ARG PLATFORM=cuda
 
 FROM python:3.11-slim-bookworm AS base
 
-# /models is a Hugging Face cache outside /runpod-volume, which a network volume would hide. oneDNN keeps what it made
-# for every length of audio, a thousand by default, which a worker that runs for days never gives back.
+# /models is a Hugging Face cache outside /runpod-volume, which a network volume would hide.
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore \
     PYTHONUNBUFFERED=1 \
-    ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 \
     HF_HUB_CACHE=/models
 
 WORKDIR /app

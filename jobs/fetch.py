@@ -116,7 +116,13 @@ class Fetcher:
 
     def _object(self, bucket: str, key: str, download: _Download) -> bytes:
         """What a bucket gives, once."""
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            ConnectionError,
+            HTTPClientError,
+            IncompleteReadError,
+        )
 
         try:
             with contextlib.closing(self._s3.get_object(Bucket=bucket, Key=key)["Body"]) as body:
@@ -124,10 +130,12 @@ class Fetcher:
         except ClientError as error:
             _check_status(int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), download)
             raise download.failed("the bucket refused") from error
-        except (HTTPClientError, IncompleteReadError) as error:
+        except (ConnectionError, HTTPClientError, IncompleteReadError) as error:
             raise _PassingError("the connection to the bucket failed") from error
         except (BotoCoreError, LibraryError) as error:
-            _log.warning("a recording could not be read from a bucket: %s", error)
+            _log.warning(
+                "a recording could not be read from a bucket: %s", type(error).__name__
+            )  # its text names the key
             raise download.failed("this worker cannot read the bucket, see its log") from error
 
     @functools.cached_property

@@ -1,8 +1,9 @@
 """A worker on the platform: the SDK's loop takes jobs, ours answers them, and nothing of it is lost on the way.
 
 Order of a start: the model is ready and the machine found fit before the first job is asked for. Order of an end, be it
-a signal, a result that asks for it or a device that failed: no more jobs are taken, those that run are finished and
-their results delivered.
+a signal, a result that asks for it or a device that failed: no more jobs are asked for, those that run are finished and
+their results delivered. (The SDK's open request for jobs is not taken back: what it brings in that moment is refused by
+a device that failed, and else left for the platform to give to another worker, when this one's pings end.)
 """
 
 from __future__ import annotations

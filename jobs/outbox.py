@@ -39,6 +39,8 @@ _RESULTS, _PIECES = "RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_WEBHOOK_POST_STREAM"
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0
 _TIMEOUT_S, _PROGRESS_TIMEOUT_S = 60.0, 5.0
 _MAY_PASS = frozenset({408, 425, 429})  # of the refusals, those that mean another time
+_IN_DOUBT = frozenset({301, 302, 303, 307, 308, 401, 403, 409})  # a gateway's, while it is set up anew, or meant
+_SHARE_FOR_DOUBT = 0.06  # of the patience, half a minute
 _FOR_WHAT_IT_IS = frozenset({400, 413, 422})
 _NEVER_TAKEN = 424
 """What the SDK is told at the end of all patience. Of a 5xx it would begin anew."""
@@ -73,7 +75,8 @@ class Outbox:
         self._client = httpx.Client(follow_redirects=False)
         self._ended: dict[str, None] = {}  # jobs whose result was posted, in order
         self._in_progress: set[str] = set()  # jobs of which progress is being posted
-        self._changed = threading.Condition()  # of the two above
+        self._broken: set[str] = set()  # streams that lost a piece
+        self._changed = threading.Condition()  # of the three above
         self._server = _Server(("127.0.0.1", 0), self._request_handler())
         self._thread = threading.Thread(target=self._server.serve_forever, name="outbox", daemon=True)
 
@@ -106,7 +109,7 @@ class Outbox:
         url, job_id = route.origin + path.removeprefix(route.place), route.job_id(path)
         sent = {name: value for name, value in headers.items() if name.lower() in _FORWARDED_HEADERS}
         if route.name == _PIECES:
-            status = self._try_on(url, sent, body)
+            status = self._piece(url, sent, body, job_id)
         elif _is_progress(body):
             return self._progress(url, sent, body, job_id)
         else:
@@ -115,14 +118,33 @@ class Outbox:
             _log.error("the platform did not take the answer of job %s (HTTP %d)", job_id, status)
         return status
 
+    def _piece(self, url: str, headers: Mapping[str, str], body: bytes, job_id: str) -> int:
+        """Of a stream that has lost a piece no more is sent: it ends with an error."""
+        with self._changed:
+            if job_id in self._broken:
+                return _NEVER_TAKEN
+        status = self._try_on(url, headers, body)
+        if status != 200:
+            with self._changed:
+                self._broken.add(job_id)
+        return status
+
     def _result(self, url: str, headers: Mapping[str, str], body: bytes, job_id: str) -> int:
         with self._changed:
+            if job_id in self._broken:
+                self._broken.discard(job_id)
+                body = _told(JobError("internal", "a piece of the stream could not be delivered; send the job again"))
             self._ended[job_id] = None
             while len(self._ended) > _MAX_ENDED:
                 del self._ended[next(iter(self._ended))]
             self._changed.wait_for(lambda: job_id not in self._in_progress)
         status = self._try_on(url, headers, body)
-        return self._try_on(url, headers, _refused(status, len(body))) if status in _FOR_WHAT_IT_IS else status
+        return self.refuse(url, headers, status, len(body)) if status in _FOR_WHAT_IT_IS else status
+
+    def refuse(self, url: str, headers: Mapping[str, str], status: int, num_bytes: int) -> int:
+        """Send an error in the place of a result that is not taken."""
+        message = f"the platform refused the result of {num_bytes / 1e6:.1f} MB (HTTP {status})"
+        return self._try_on(url, headers, _told(JobError("result_too_large", message)))
 
     def _progress(self, url: str, headers: Mapping[str, str], body: bytes, job_id: str) -> int:
         """Once, and not beside or behind the result: then the job would look unfinished."""
@@ -147,15 +169,17 @@ class Outbox:
             sleep=self._sleep,
             retry_error_callback=lambda _: _NEVER_TAKEN,
         )
-        status = retrying(self._settled, url, headers, body)
-        assert status is not None
-        return status
+        began_s = time.monotonic()
 
-    def _settled(self, url: str, headers: Mapping[str, str], body: bytes) -> int | None:
-        """The outcome of one try; None where another may do better."""
-        status = self._once(url, headers, body)
-        if status is None or status >= 500 or status in _MAY_PASS:
-            return None
+        def settled() -> int | None:
+            """The outcome of one try; None where another may do better."""
+            status = self._once(url, headers, body)
+            is_fresh = time.monotonic() - began_s < self._patience_s * _SHARE_FOR_DOUBT
+            may_pass = status is None or status >= 500 or status in _MAY_PASS
+            return None if may_pass or (is_fresh and status in _IN_DOUBT) else status
+
+        status = retrying(settled)
+        assert status is not None
         return status
 
     def _once(self, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float = _TIMEOUT_S) -> int | None:
@@ -167,7 +191,7 @@ class Outbox:
         if 200 <= status < 300:
             return 200
         _log.warning("the platform answered a job's answer with HTTP %d", status)
-        return status if status >= 400 else _NEVER_TAKEN
+        return status
 
     def _request_handler(self) -> type[BaseHTTPRequestHandler]:
         outbox = self
@@ -177,11 +201,13 @@ class Outbox:
 
             def do_POST(self) -> None:
                 num_bytes = int(self.headers.get("Content-Length") or 0)
-                if not 0 < num_bytes <= _MAX_BODY_BYTES:
-                    self.close_connection = True
-                    self._answer(413)
+                headers = dict(self.headers.items())
+                if num_bytes <= _MAX_BODY_BYTES:
+                    self._answer(outbox.forward(self.path, headers, self.rfile.read(num_bytes)))
                     return
-                self._answer(outbox.forward(self.path, dict(self.headers.items()), self.rfile.read(num_bytes)))
+                for start in range(0, num_bytes, _MAX_BODY_BYTES):  # else the SDK would not hear the answer
+                    self.rfile.read(min(_MAX_BODY_BYTES, num_bytes - start))
+                self._answer(outbox.forward(self.path, headers, _too_large(num_bytes)))
 
             def _answer(self, status: int) -> None:
                 self.send_response(status)
@@ -242,9 +268,14 @@ def _is_progress(body: bytes) -> bool:
     return isinstance(value, dict) and value.get("status") == "IN_PROGRESS"
 
 
-def _refused(status: int, num_bytes: int) -> bytes:
-    """An error result in place of one that the platform does not take."""
-    message = f"the platform refused the result of {num_bytes / 1e6:.1f} MB (HTTP {status})"
-    error = error_result(JobError("result_too_large", message))
-    told = {"error": error.pop("error"), "output": error}
-    return json.dumps(told, ensure_ascii=False).encode("utf-8")
+def _told(error: JobError) -> bytes:
+    """An error as the SDK posts one: for a plain worker's client, and as text for a stream's."""
+    told = error_result(error)
+    posted = {"error": told["error"], "output": {name: told[name] for name in ("error_code", "field")}}
+    return json.dumps(posted, ensure_ascii=False).encode("utf-8")
+
+
+def _too_large(num_bytes: int) -> bytes:
+    """In the place of what is larger than the platform has ever taken."""
+    message = f"the result has {num_bytes / 1e6:.1f} MB, which no platform takes; ask for opus or mp3, or a bucket"
+    return _told(JobError("result_too_large", message))

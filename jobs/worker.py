@@ -317,7 +317,10 @@ class Worker:
                 await asyncio.to_thread(delivery.check_result, result, surroundings.max_result_bytes)
                 return result
 
-            return await once(request, surroundings, self._results, make)
+            result = await once(request, surroundings, self._results, make)
+            if result.get("repeated"):  # perhaps made under another limit
+                await asyncio.to_thread(delivery.check_result, result, surroundings.max_result_bytes)
+            return result
 
     @asynccontextmanager
     async def _deadline(self, progress: Progress) -> AsyncIterator[None]:

@@ -485,6 +485,8 @@ class _Redirecting(httpx.BaseTransport):
         assert request.url.scheme == "https", request.url
         if self._answers:
             status, code = self._answers.pop(0)
+            if not status:
+                raise httpx.ConnectError(str(request.url))
             said = f"<Error><Code>{code}</Code><Message>{SECRET}</Message></Error>".encode()
             return httpx.Response(status, stream=httpx.ByteStream(said))
         there = request.url.copy_with(scheme="http", host=self._endpoint.host, port=self._endpoint.port)
@@ -559,7 +561,11 @@ def test_a_large_file_goes_into_a_jobs_own_bucket_at_once(bucket: str, s3_option
 
 
 def test_a_jobs_own_bucket_that_refuses_is_told_by_what_it_answered(
-    worker: Worker, bucket: str, carried: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    worker: Worker,
+    bucket: str,
+    carried: list[tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     result = run_with(worker, GIVEN | {"bucketName": "no-such-bucket"}, text="One.")
     assert result["error_code"] == "storage_failed" and "the bucket does not exist" in result["error"]
@@ -572,8 +578,11 @@ def test_a_jobs_own_bucket_that_refuses_is_told_by_what_it_answered(
         result = run_with(worker, GIVEN | {"bucketName": bucket}, text="One.")
         assert told in result["error"] and "s3Config" in result["error"] and carried == []
         assert SECRET not in result["error"] and "AKIDEXAMPLE" not in result["error"]
-    carried += [(503, "SlowDown")] * 3
+    carried += [(503, "SlowDown"), (0, ""), (0, "")]
     assert "audio_url" in run_with(worker, GIVEN | {"bucketName": bucket}, text="One.")
+    assert carried == []
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("jobs")]
+    assert any("cannot be reached" in line for line in ours) and not any("X-Amz" in line for line in ours)
     monkeypatch.setattr(GivenBucket, "max_bytes", 100)
     result = run_with(worker, GIVEN | {"bucketName": bucket}, text="One.")
     assert (result["error_code"], result["field"]) == ("result_too_large", "output_format")

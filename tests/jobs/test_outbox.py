@@ -109,7 +109,7 @@ def test_a_platform_that_is_away_is_waited_for(platform: FakePlatform) -> None:
     back[0].server.server_close()
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 410])
+@pytest.mark.parametrize("status", [404, 410, 451])
 def test_what_is_refused_for_good_is_not_tried_again(status: int, outbox: Outbox, platform: FakePlatform) -> None:
     platform.statuses = [status]
     assert post(outbox, {"output": 1}) == status
@@ -194,3 +194,36 @@ def test_a_variable_that_the_platform_does_not_set_stays_unset(platform: FakePla
     environment = {"RUNPOD_WEBHOOK_POST_OUTPUT": platform.environment["RUNPOD_WEBHOOK_POST_OUTPUT"]}
     with Outbox(environment) as outbox:
         assert set(outbox.environment) == set(environment)
+
+
+@pytest.mark.parametrize("status", [401, 403, 307])
+def test_a_gateway_that_refuses_for_a_moment_is_asked_again(
+    status: int, outbox: Outbox, platform: FakePlatform
+) -> None:
+    platform.statuses = [status, status]
+    assert post(outbox, {"output": 1}) == 200
+    assert len(platform.posts) == 3
+
+
+def test_a_stream_that_lost_a_piece_ends_with_an_error_and_sends_no_more(
+    outbox: Outbox, platform: FakePlatform
+) -> None:
+    platform.statuses = [200, 413]
+    assert post(outbox, {"output": {"seq": 0}}, stream=True) == 200
+    assert post(outbox, {"output": {"seq": 1}}, stream=True) == 413
+    assert post(outbox, {"output": {"seq": 2}}, stream=True) != 200
+    assert post(outbox, {"output": []}) == 200
+    told = json.loads(platform.posts[-1][2])
+    assert "piece" in told["error"] and told["output"]["error_code"] == "internal"
+    assert len(platform.posts) == 3
+    assert post(outbox, {"output": []}, job="job-2") == 200
+    assert json.loads(platform.posts[-1][2]) == {"output": []}
+
+
+def test_a_result_too_large_for_any_platform_is_answered_in_its_place(
+    outbox: Outbox, platform: FakePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.outbox._MAX_BODY_BYTES", 10_000)
+    assert post(outbox, {"output": {"audio": "x" * 25_000}}) == 200
+    told = json.loads(platform.posts[-1][2])
+    assert told["output"]["error_code"] == "result_too_large" and len(platform.posts) == 1
