@@ -77,7 +77,9 @@ class KVCache:
         if self._is_read_in_place and isinstance(window.rows, slice) and query.shape[2] == 1:
             rows, positions = window.rows, window.positions[:, 0]
             step = DecodeAttention(query, key, value, keys[rows], values[rows], positions)
-            return attend(step, window.length)[:, None]
+            # Room for every position there is: rows that ended, or whose text is not read yet, take part in a step with
+            # positions of their own, which may lie beyond the window of those that run.
+            return attend(step, self.length)[:, None]
         seen = window.update(keys, key), window.update(values, value)
         if self._is_read_in_place:
             seen = seen[0].float(), seen[1].float()

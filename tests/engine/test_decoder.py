@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels import can_compile
+from engine.kernels import DecodeAttention, attend, can_compile
 from engine.models import STOP_SPEECH_TOKEN, get_model
 from engine.random_checkpoint import PlantedSpeech
 from engine.t3.decoder import Decoder, DecodeRequest
@@ -140,6 +140,33 @@ def test_in_float16_too_a_row_gives_the_same_tokens_alone_beside_others_and_join
     decoder.step(2)  # the third moves down
     kept.append(admit(decoder, fourth))
     assert [row.tokens.tolist() for row in finish(decoder, *kept)] == [expected[0], expected[2], expected[3]]
+
+
+@FAMILIES
+@pytest.mark.skipif(not can_compile(), reason="needs the CPU kernels")
+def test_the_kernels_have_room_for_a_row_whose_long_text_waits_below_those_that_run(
+    model: str, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t3 = load_t3(tiny_checkpoint(model) / get_model(model).t3_file, torch.device("cpu"), torch.float16)
+    decoder = Decoder(t3, num_rows=4, length=900, max_new_tokens=64, cache_dtype=torch.float16, prefill_budget=8)
+    short = one_request(decoder, model)
+    long = dataclasses.replace(short, text_tokens=text_tokens(t3, 600))
+    short_most = decoder.length_needed(short)
+    beyond: list[bool] = []
+
+    def watched(step: DecodeAttention, length: int) -> torch.Tensor:
+        assert int(step.positions.max()) < length, (step.positions, length)  # else it writes over other memory
+        beyond.append(int(step.positions.max()) > short_most)
+        return attend(step, length)
+
+    monkeypatch.setattr("engine.t3.backbone.attend", watched)
+    gone, kept = admit(decoder, short), admit(decoder, short)
+    decoder.step(2)
+    decoder.release(gone)
+    admit(decoder, long)  # below the one that runs, and beside it its text is read piece by piece
+    decoder.step(2)
+    assert len(finish(decoder, kept)[0].tokens) > 0
+    assert any(beyond)
 
 
 @FAMILIES

@@ -140,7 +140,9 @@ def test_what_cannot_be_is_one_line_and_leaves_no_file(arguments: list[str], tol
 @pytest.fixture(scope="module", params=["1", "0"], ids=["streaming", "plain"])
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     cwd = tmp_path_factory.mktemp("deployed")
-    with Platform() as platform, platform.worker(HANDLER, cwd, MODEL="draft", STREAMING=request.param):
+    environment = without_ours(os.environ) | {"MODEL": "draft", "STREAMING": request.param}
+    with Platform() as platform:
+        platform.start_worker([sys.executable, str(HANDLER)], cwd=cwd, log=cwd / "log", environment=environment)
         yield platform
 
 
@@ -165,7 +167,7 @@ def test_what_a_deployed_worker_refuses_is_told_with_its_code(deployed: Platform
 
 def test_an_interrupt_ends_the_job_and_leaves_no_file(deployed: Platform, tmp_path: Path) -> None:
     arguments = at(deployed)
-    (tmp_path / "long.txt").write_text(LONG * 4)
+    (tmp_path / "long.txt").write_text(LONG * 2)
     asked_for: list[str] = []
 
     def note(operation: str, job_id: str) -> None:
