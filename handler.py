@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import faulthandler
 import json
 import os
 import re
@@ -51,7 +50,6 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings()
     except SettingsError as error:
         return _refused(error)
-    faulthandler.enable()  # where native code fails, the log says what Python was doing
     on_platform = any(os.environ.get(name) for name in _PLATFORM_VARIABLES)
     if not on_platform:
         settings = _local_settings(settings)

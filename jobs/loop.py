@@ -9,6 +9,7 @@ a device that failed, and else left for the platform to give to another worker, 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -45,6 +46,7 @@ def serve(settings: Settings) -> None:
         SettingsError: see `check_servable`.
     """
     check_servable(settings)
+    faulthandler.enable()  # where native code fails, the log says what Python was doing
     config: dict[str, Any] = {"concurrency_modifier": lambda _current: settings.max_concurrency}
     with contextlib.ExitStack() as closing:
         outbox = closing.enter_context(Outbox(os.environ))
