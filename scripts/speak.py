@@ -202,7 +202,8 @@ async def _say(text: str, asked: Asked, source: Source, sink: Sink) -> None:
                 await asyncio.to_thread(sink.write, data)
     sink.end_file()
     for warning in result.get("warnings", ()):
-        complain(f"warning: {warning}")
+        if not warning.startswith("idempotency_key"):  # which is ours, and for a lost answer only
+            complain(f"warning: {warning}")
 
 
 @contextlib.contextmanager

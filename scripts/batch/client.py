@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -70,6 +71,9 @@ class Client:
         is_local: whether the endpoint is on this machine, so behind no proxy.
         on_trouble: told of what is waited out, with the operation.
 
+    Raises:
+        EndpointError: for an address that would show the key on its way, and a key that is none.
+
     Attributes:
         num_repeated: how many requests were sent again.
     """
@@ -84,11 +88,11 @@ class Client:
         is_local: bool = False,
         on_trouble: Callable[[str, str], None] = lambda _operation, _message: None,
     ) -> None:
-        self._url = url.rstrip("/")
+        self._url = _checked_url(url).rstrip("/")
         self._buckets = {name: Bucket(most) for name, most in rates.items()}
         self._patience_s, self._on_trouble = patience_s, on_trouble
         limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS)
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        headers = {} if api_key is None else {"Authorization": f"Bearer {_checked_key(api_key)}"}
         options: dict[str, Any] = {"timeout": _TIMEOUT, "limits": limits, "trust_env": not is_local}
         self._http = httpx.AsyncClient(headers=headers, **options)
         # Of addresses that results name: without our key.
@@ -185,7 +189,9 @@ class Client:
     async def _answer(self, operation: str, method: str, path: str, body: Any) -> dict[str, Any]:
         try:
             response = await self._http.request(method, f"{self._url}/{path}", json=body)
-        except httpx.TransportError as error:
+        except (httpx.LocalProtocolError, httpx.InvalidURL) as error:  # whose text may hold the key
+            raise EndpointError(f"the request cannot be sent: {type(error).__name__}") from None
+        except httpx.RequestError as error:
             raise _Passing(f"{type(error).__name__} {error}".strip()) from error
         if response.status_code == 429:
             wait_s = _retry_after_s(response)
@@ -197,6 +203,8 @@ class Client:
             raise EndpointError(f"the endpoint does not take the key: HTTP {response.status_code} {_told(response)}")
         if response.status_code == 404 and operation == "run":
             raise EndpointError(f"there is no such endpoint: HTTP 404 {_told(response)}")
+        if response.is_redirect:
+            raise EndpointError(f"the endpoint's address leads elsewhere: HTTP {response.status_code}")
         if response.is_error:
             raise Refused(response.status_code, _told(response))
         try:
@@ -226,6 +234,21 @@ class Client:
         except httpx.InvalidURL as error:
             raise Refused(400, "its address is none") from error
         return num_bytes
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if parts.scheme == "https" or (parts.scheme == "http" and is_local):
+        return url
+    raise EndpointError("expected an address with https://; over http the key is sent to this machine only")
+
+
+def _checked_key(key: str) -> str:
+    key = key.strip()
+    if not (key.isascii() and key.isprintable() and key):
+        raise EndpointError("the key holds characters that no key has")
+    return key
 
 
 def _retry_after_s(response: httpx.Response) -> float:

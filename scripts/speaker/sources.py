@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,7 +78,9 @@ class There:
 
     async def speak(self, job_input: Mapping[str, Any], result: dict[str, Any]) -> AsyncIterator[bytes]:
         try:
-            job_id = await self._client.run({"input": dict(job_input)})
+            # A key of its own, so that a job whose answer is lost is not spoken twice.
+            keyed = {"idempotency_key": f"speak-{uuid.uuid4().hex}", **job_input}
+            job_id = await self._client.run({"input": keyed})
             try:
                 async for data in self._answer(job_id, result):
                     yield data
@@ -88,7 +91,7 @@ class There:
             raise SpeakingError(str(error)) from error
 
     async def _answer(self, job_id: str, result: dict[str, Any]) -> AsyncIterator[bytes]:
-        num_taken = 0
+        num_taken, is_whole = 0, False
         while True:
             answer = await self._client.stream(job_id)
             pieces = [item.get("output") or {} for item in answer.get("stream") or ()]
@@ -96,12 +99,15 @@ class There:
                 if piece.get("seq", num_taken) != num_taken:
                     raise SpeakingError(f"piece {num_taken} of the stream was lost on its way")
                 num_taken += 1
+                is_whole = bool(piece.get("final"))
                 yield _taken(piece, result)
             if not pieces and answer.get("status") in _OVER:
                 break
             if not pieces:
                 await asyncio.sleep(_PAUSE_S)
         if answer["status"] == "COMPLETED" and num_taken:
+            if not is_whole:
+                raise SpeakingError("the end of the stream was lost on its way")
             return
         async for data in self._whole(job_id, result):
             yield data
