@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sqlite3
 import sys
 import time
 import uuid
@@ -32,11 +33,11 @@ import typer  # noqa: E402
 from scripts.batch import costs  # noqa: E402
 from scripts.batch.board import Board, Style  # noqa: E402
 from scripts.batch.checking import Checked, Reading, Row, check_rows  # noqa: E402
-from scripts.batch.client import Client  # noqa: E402
+from scripts.batch.client import Client, Refused  # noqa: E402
 from scripts.batch.errors import BatchError, EndpointError  # noqa: E402
 from scripts.batch.manifest import Changes, Manifest  # noqa: E402
 from scripts.batch.rates import limits_of  # noqa: E402
-from scripts.batch.report import write_results  # noqa: E402
+from scripts.batch.report import Summary, write_results  # noqa: E402
 from scripts.batch.rows import Problem, read_rows  # noqa: E402
 from scripts.batch.runner import Policy, Runner  # noqa: E402
 from scripts.batch.voices import missing_voices  # noqa: E402
@@ -173,7 +174,7 @@ def main(
         )
         limits = limits_of(_pairs("--rate", rate))
         rates = _rates(gpu, price_per_second, chars_per_second)
-        checked = check_rows(read_rows(source, encoding), reading, tuple(only or ()))
+        checked = _checked(source, encoding, reading, tuple(only or ()))
         _tell_problems(checked.problems)
         _refuse(checked, skip_bad)
         board = Board(style, rates)
@@ -182,8 +183,10 @@ def main(
             return
         folder = out or Path("out") / (source.name if source.is_dir() else source.stem)
         batch = _Batch(
+            source=source,
             checked=checked,
             folder=folder,
+            is_folder_meant=out is not None,
             board=board,
             rates=rates,
             policy=Policy(in_flight, attempts, max_audio_bytes, webhook),
@@ -201,7 +204,7 @@ def main(
         raise typer.Exit(BAD_USAGE) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
-    except (EndpointError, OSError) as error:
+    except (EndpointError, OSError, sqlite3.Error) as error:
         complain(f"error: {error}; what is done is kept, and the same command goes on")
         raise typer.Exit(SOME_FAILED) from error
 
@@ -214,6 +217,13 @@ def _pairs(option: str, texts: Sequence[str] | None) -> dict[str, str]:
             raise BatchError(f"{option} {text}: expected NAME=VALUE")
         pairs[name.strip()] = value
     return pairs
+
+
+def _checked(source: Path, encoding: str, reading: Reading, only: Sequence[str]) -> Checked:
+    try:
+        return check_rows(read_rows(source, encoding), reading, only)
+    except OSError as error:
+        raise BatchError(f"{source} cannot be read: {error}") from error
 
 
 def _rates(gpu: str | None, usd_per_s: float | None, chars_per_s: float | None) -> costs.Rates:
@@ -276,8 +286,10 @@ def _tell_estimate(rows: Sequence[Row], rates: costs.Rates, board: Board) -> Non
 class _Batch:
     """A run, all that it needs in one place."""
 
+    source: Path
     checked: Checked
     folder: Path
+    is_folder_meant: bool
     board: Board
     rates: costs.Rates
     policy: Policy
@@ -292,6 +304,7 @@ class _Batch:
         """The exit code."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with Manifest(self.folder) as manifest, contextlib.ExitStack() as held:
+            manifest.meet_input(self.source, is_meant=self.is_folder_meant)
             if where is None:
                 from scripts.batch.local import local_endpoint  # and a web server, where it is asked for
 
@@ -302,7 +315,7 @@ class _Batch:
             try:
                 code = asyncio.run(self._run(manifest, where))
             except EndpointError:
-                write_results(manifest, self.folder, self.rates, time.monotonic() - began_s)
+                self._write_results(manifest, time.monotonic() - began_s)
                 raise
             finally:
                 self.board.close()
@@ -327,7 +340,7 @@ class _Batch:
     async def _prepare(self, manifest: Manifest, client: Client, where: Endpoint) -> None:
         """Look for the voices, and take the rows in."""
         if self.check_voices:
-            problems = await missing_voices(client, self.checked.rows)
+            problems = await missing_voices(client, [*manifest.open_rows(self.checked.rows)])
             _tell_problems(problems)
             self.checked.problems.extend(problems)
             bad = {problem.source for problem in problems}
@@ -341,7 +354,7 @@ class _Batch:
         )
         self._tell_changes(changes)
         for job_id in changes.abandoned_jobs:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Refused):  # it has ended
                 await client.cancel(job_id)
 
     def _tell_changes(self, changes: Changes) -> None:
@@ -366,7 +379,7 @@ class _Batch:
             self.board.say(f"{await runner.cancel_all():,} jobs cancelled")
 
     def _finish(self, manifest: Manifest, code: int, wall_s: float) -> int:
-        summary = write_results(manifest, self.folder, self.rates, wall_s)
+        summary = self._write_results(manifest, wall_s)
         self.board.event("summary", **summary.as_json())
         for line in summary.lines():
             self.board.say(line)
@@ -374,6 +387,9 @@ class _Batch:
             self.board.say("interrupted; the same command goes on")
             return code
         return SOME_FAILED if summary.failed or summary.open or self.checked.problems else code
+
+    def _write_results(self, manifest: Manifest, wall_s: float) -> Summary:
+        return write_results(manifest, self.folder, {row.key for row in self.checked.rows}, self.rates, wall_s)
 
 
 def _ask_about_jobs() -> OnInterrupt:

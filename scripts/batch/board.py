@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import sys
 import time
@@ -10,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scripts.batch.checking import Row
 from scripts.batch.costs import Rates, as_time, as_usd
@@ -20,6 +21,8 @@ from scripts.console import complain, err
 
 _LINE_EVERY_S = 10.0
 _TROUBLE_EVERY_S = 5.0
+_PACE_S = 600.0
+"""Over so long the pace is taken: a job may take minutes."""
 
 
 class Style(StrEnum):
@@ -43,8 +46,9 @@ class Board:
         self._began_s = self._line_s = time.monotonic()
         self._trouble_s = -_TROUBLE_EVERY_S
         self._audio_s = self._worker_s = 0.0
-        self._num_done = self._num_failed = self._num_jobs = 0
+        self._num_done = self._num_failed = self._num_jobs = self._num_rows = 0
         self._num_chars = self._num_chars_done = 0
+        self._jobs_left: collections.Counter[str] = collections.Counter()  # by row
         self._chars: dict[tuple[str, int], int] = {}
         self._warnings: set[str] = set()
         self._bar: Progress | None = None
@@ -53,10 +57,12 @@ class Board:
 
     def begin(self, tasks: Sequence[Task], rows: Mapping[str, Row]) -> None:
         """What there is to do; of what is done already nothing is told but the number."""
-        self._chars = {(task.key, task.part): rows[task.key].parts[task.part].num_chars for task in tasks}
+        self._chars = {(task.key, task.part): rows[task.key].parts[task.part].num_chars or 1 for task in tasks}
         todo = [task for task in tasks if task.state not in (DONE, FAILED)]
         self._num_jobs, num_before = len(todo), sum(task.state == DONE for task in tasks)
         self._num_chars = sum(self._chars[task.key, task.part] for task in todo)
+        self._jobs_left = collections.Counter(task.key for task in todo)
+        self._num_rows = len(self._jobs_left)
         self._event("begin", rows=len(rows), jobs=len(todo), done_before=num_before)
         if num_before:
             self.say(f"{num_before:,} of {len(tasks):,} jobs are done already")
@@ -69,18 +75,16 @@ class Board:
     def done(self, task: Task) -> None:
         self._num_done += 1
         self._audio_s += task.result.get("duration_s") or 0.0
-        self._worker_s += task.worker_s
-        self._num_chars_done += self._chars[task.key, task.part]
+        self._end(task)
         self._event("done", task, file=task.file, duration_s=task.result.get("duration_s"), job_id=task.job_id)
         self._warn(task)
         self._tick()
 
     def failed(self, task: Task) -> None:
         self._num_failed += 1
-        self._worker_s += task.worker_s
-        self._num_chars_done += self._chars[task.key, task.part]
+        self._end(task)
         self._event("failed", task, error_code=task.error_code, error=task.error)
-        self.say(f"failed: {task.name}: {task.error_code}: {task.error}")
+        self._complain(f"failed: {task.name}: {task.error_code}: {task.error}")
         self._tick()
 
     def again(self, task: Task, failure: Failure) -> None:
@@ -96,19 +100,30 @@ class Board:
     def joined(self, row: Row, path: Path) -> None:
         self._event("joined", key=row.key, file=path.name)
 
+    def not_joined(self, row: Row, error: str) -> None:
+        self._event("not_joined", key=row.key, error=error)
+        self._complain(f"not joined: {row.key}: {error}")
+
     def trouble(self, operation: str, message: str) -> None:
         """What is waited out, or could not be done; not more often than somebody wants to read."""
         self._event("trouble", operation=operation, message=message)
         if time.monotonic() - self._trouble_s >= _TROUBLE_EVERY_S:
             self._trouble_s = time.monotonic()
-            self.say(f"waiting: {operation}: {message}" if operation != "join" else f"not joined: {message}")
+            self.say(f"waiting: {operation}: {message}")
 
     # ------------------------------------------------------------------------------ the program's side
 
     def say(self, text: str) -> None:
         """A line for people."""
-        if self._style is not Style.PEOPLE:
-            return
+        if self._style is Style.PEOPLE:
+            self._print(text)
+
+    def _complain(self, text: str) -> None:
+        """A line of what went wrong, which --quiet leaves."""
+        if self._style is not Style.JSON:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -133,6 +148,13 @@ class Board:
         sys.stdout.write(json.dumps({"event": event, **place, **about}, ensure_ascii=False) + "\n")
         sys.stdout.flush()
 
+    def _end(self, task: Task) -> None:
+        self._worker_s += task.worker_s
+        self._num_chars_done += self._chars[task.key, task.part]
+        self._jobs_left[task.key] -= 1
+        if not self._jobs_left[task.key]:
+            del self._jobs_left[task.key]
+
     def _warn(self, task: Task) -> None:
         """Each warning once: in a batch they are all the same."""
         for warning in task.result.get("warnings", ()):
@@ -144,22 +166,27 @@ class Board:
         columns = (
             TextColumn("speaking"),
             BarColumn(),
-            MofNCompleteColumn(),
             TextColumn("{task.fields[told]}"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=err())
-        self._bar_task = self._bar.add_task("", total=self._num_jobs, told="")
+        self._bar = Progress(*columns, console=err(), speed_estimate_period=_PACE_S)
+        told = ", ".join(self._counts())
+        self._bar_task = self._bar.add_task("", total=self._num_chars, told=told)  # rows are not alike: characters
         self._bar.start()
 
     def _tick(self) -> None:
         if self._bar is not None:
-            num_over = self._num_done + self._num_failed
-            self._bar.update(self._bar_task, completed=num_over, told=", ".join(self._facts()))
+            told = ", ".join((*self._counts(), *self._facts()))
+            self._bar.update(self._bar_task, completed=self._num_chars_done, told=told)
         elif time.monotonic() - self._line_s >= _LINE_EVERY_S:
             self._line_s = time.monotonic()
-            facts = [*self._facts(), f"about {as_time(self._left_s())} left"]
-            self.say(f"{self._num_done + self._num_failed:,} of {self._num_jobs:,} jobs: {', '.join(facts)}")
+            self.say(", ".join((*self._counts(), *self._facts(), f"about {as_time(self._left_s())} left")))
+
+    def _counts(self) -> list[str]:
+        counts = [f"{self._num_rows - len(self._jobs_left):,} of {self._num_rows:,} rows"]
+        if self._num_jobs != self._num_rows:
+            counts.append(f"{self._num_done + self._num_failed:,} of {self._num_jobs:,} jobs")
+        return counts
 
     def _facts(self) -> list[str]:
         elapsed_s = max(time.monotonic() - self._began_s, 1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import fnmatch
 import hashlib
@@ -10,6 +11,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
@@ -33,6 +35,9 @@ MAX_TTS_CHARS = 5_000
 _BOOK_FORMAT = "opus"
 """Of parts that are to be joined, unless the batch says: an hour is some 30 MB."""
 
+_IDEMPOTENCY_KEY = "idempotency_key"
+_KEY_DIGITS = 12
+
 _KNOWN = {*FIELD_ALIASES, *IGNORED_FIELDS, *(name for model in INPUT_MODELS.values() for name in model.model_fields)}
 
 
@@ -45,16 +50,18 @@ class Part:
         num_chars: of its text.
         language: of it.
         title: of the chapter that begins with it; None where it goes on with one.
+        beside: what is to stand beside its input.
     """
 
     fields: Mapping[str, Any]
     num_chars: int
     language: str
     title: str | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """Of all that it asks for."""
+        """Of all that is spoken. Where it is told and put is no part of that."""
         return _digest(self.fields)
 
 
@@ -65,14 +72,18 @@ class Row:
     Args:
         key: unique in it.
         source: where it stands.
+        position: its number in the input.
         parts: one, or those of a text that is to be joined again.
+        name: of its file, where that is not the key.
         book: what a book says of itself; empty for what is none.
         warnings: what a worker would ignore in it.
     """
 
     key: str
     source: Source
+    position: int
     parts: tuple[Part, ...]
+    name: str | None = None
     book: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -88,7 +99,7 @@ class Reading:
     Args:
         columns: field → the column or key that holds it.
         defaults: fields of all rows that do not say otherwise, as text.
-        key: the column of the rows' keys; None for `key` or `id`, and without those the line and a hash.
+        key: the column of the rows' keys; None for `key` or `id`, and without those a hash.
         ignored: patterns of columns that are no fields.
         part_chars: what is longer goes in parts.
     """
@@ -104,6 +115,8 @@ class Reading:
             for name in names:
                 if name not in _KNOWN and name != S3_CONFIG:
                     raise BatchError(f"{option} {name}=…: unknown field {name!r}{_hint(name, _KNOWN)}")
+        if _IDEMPOTENCY_KEY in self.defaults:
+            raise BatchError(f"--set {_IDEMPOTENCY_KEY}=…: each job has to have its own; without one it gets one")
 
 
 @dataclass
@@ -128,19 +141,22 @@ def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequenc
         only: keys, or patterns of keys, of the rows that are wanted; empty for all.
     """
     checked = Checked()
-    seen: dict[str, Source] = {}
-    for raw in rows:
+    keys, idempotency_keys = _Distinct("key"), _Distinct(_IDEMPOTENCY_KEY)
+    num_alike: collections.Counter[str] = collections.Counter()
+    for position, raw in enumerate(rows):
         if isinstance(raw, Problem):
             checked.problems.append(raw)
             continue
         try:
-            key = _key_of(raw, reading)
+            named = _key_of(raw, reading)
+            key = named or _key_of_nameless(raw, num_alike)
             if only and not any(key == each or fnmatch.fnmatchcase(key, each) for each in only):
                 continue
-            if key in seen:
-                raise _Wrong(f"the key {key!r} is that of {seen[key]} too")
-            seen[key] = raw.source
-            checked.rows.append(_row(key, raw, reading))
+            keys.take(key, raw.source)
+            name = None if named else f"{raw.source.line or 0:05d}-{key}"
+            row = _row(key, name, position, raw, reading)
+            idempotency_keys.take(row.parts[0].fields.get(_IDEMPOTENCY_KEY), raw.source)
+            checked.rows.append(row)
         except _Wrong as wrong:
             checked.problems.append(Problem(raw.source, str(wrong)))
     return checked
@@ -150,10 +166,27 @@ class _Wrong(Exception):  # noqa: N818 - becomes a Problem
     """What is wrong with a row."""
 
 
+class _Distinct:
+    """What no two rows may have in common.
+
+    Args:
+        what: it is called.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._sources: dict[object, Source] = {}
+
+    def take(self, value: object, source: Source) -> None:
+        before = self._sources.setdefault(value, source)
+        if before is not source and value is not None:
+            raise _Wrong(f"the {self._what} {value!r} is that of {before} too")
+
+
 # ------------------------------------------------------------------------------------------- key
 
 
-def _key_of(raw: RawRow, reading: Reading) -> str:
+def _key_of(raw: RawRow, reading: Reading) -> str | None:
     if reading.key is not None and reading.key not in raw.fields:
         raise _Wrong(f"the key column {reading.key!r} is empty or missing{_hint(reading.key, raw.fields)}")
     for column in (reading.key,) if reading.key is not None else KEY_COLUMNS:
@@ -161,7 +194,14 @@ def _key_of(raw: RawRow, reading: Reading) -> str:
             return _checked_key(raw.fields[column], column)
     if raw.key is not None:
         return _checked_key(raw.key, "its name")
-    return f"{raw.source.line or 0:05d}-{_digest(raw.fields)[:8]}"
+    return None
+
+
+def _key_of_nameless(raw: RawRow, num_alike: collections.Counter[str]) -> str:
+    """By what the row says, not where: rows that come before it later do not make it another."""
+    key = _digest(raw.fields)[:_KEY_DIGITS]
+    num_alike[key] += 1
+    return key if num_alike[key] == 1 else f"{key}-{num_alike[key]}"
 
 
 def _checked_key(value: object, column: str) -> str:
@@ -174,7 +214,7 @@ def _checked_key(value: object, column: str) -> str:
 # ------------------------------------------------------------------------------------------- fields
 
 
-def _row(key: str, raw: RawRow, reading: Reading) -> Row:
+def _row(key: str, name: str | None, position: int, raw: RawRow, reading: Reading) -> Row:
     fields = _fields_of(raw, reading)
     if raw.book:
         fields.setdefault("output_format", _BOOK_FORMAT)
@@ -187,30 +227,39 @@ def _row(key: str, raw: RawRow, reading: Reading) -> Row:
     language = language if isinstance(language, str) else "en"
     chapters = raw.chapters or ((Chapter(None, text),) if is_long and isinstance(text, str) else ())
     if operation == "long_form" and chapters and "segments" not in fields:
-        return _book(key, raw, fields, chapters, language, reading.part_chars)
-    part, warnings = _part(fields, None)
-    return Row(key, raw.source, (part,), warnings=warnings)
+        parts, warnings = _parts_of_book(raw, fields, chapters, language, reading.part_chars)
+    else:
+        part, warnings = _part(fields, None, raw.beside)
+        parts = (part,)
+    return Row(key, raw.source, position, parts, name, raw.book, warnings)
 
 
-def _book(
-    key: str, raw: RawRow, fields: dict[str, Any], chapters: Sequence[Chapter], language: str, max_chars: int
-) -> Row:
+def _parts_of_book(
+    raw: RawRow, fields: Mapping[str, Any], chapters: Sequence[Chapter], language: str, max_chars: int
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """Its parts, and warnings."""
     texts = list(parts_of(chapters, language, max_chars))
+    given = fields.get(_IDEMPOTENCY_KEY)
     parts: list[Part] = []
     warnings: list[str] = []
-    for each in texts:
-        part, more = _part({**fields, "text": each.text}, each.title)
+    for number, each in enumerate(texts, 1):
+        own = {_IDEMPOTENCY_KEY: f"{given}-{number}"} if isinstance(given, str) and len(texts) > 1 else {}
+        part, more = _part({**fields, "text": each.text, **own}, each.title, raw.beside)
         parts.append(part)
         warnings += more
     if not parts:
         raise _Wrong("text: there is nothing in it that could be said")
-    return Row(key, raw.source, tuple(parts), raw.book, tuple(dict.fromkeys(warnings)))
+    return tuple(parts), tuple(dict.fromkeys(warnings))
 
 
-def _part(fields: Mapping[str, Any], title: str | None) -> tuple[Part, tuple[str, ...]]:
+def _part(fields: Mapping[str, Any], title: str | None, beside: Mapping[str, Any]) -> tuple[Part, tuple[str, ...]]:
     """A job, if a worker would take it."""
+    if not isinstance(beside.get("policy", {}), Mapping):
+        raise _Wrong("policy: expected an object")
+    if "webhook" in beside and not is_webhook(beside["webhook"]):
+        raise _Wrong("webhook: expected an address with https:// or http://")
     try:
-        parsed = parse_job({"input": fields})
+        parsed = parse_job({"input": fields, **beside})
         request = parsed.request
         if not isinstance(request, AudioInput):
             raise _Wrong(f"operation {request.operation} gives no audio")
@@ -222,7 +271,16 @@ def _part(fields: Mapping[str, Any], title: str | None) -> tuple[Part, tuple[str
     except (JobError, SpeechError) as error:
         raise _Wrong(error.message) from error
     num_chars = sum(map(len, texts))
-    return Part(fields, num_chars, getattr(request, "language", "en"), title), parsed.warnings
+    return Part(fields, num_chars, getattr(request, "language", "en"), title, beside), parsed.warnings
+
+
+def is_webhook(value: object) -> bool:
+    """Whether the platform takes it as an address to call."""
+    try:
+        parts = urlsplit(value) if isinstance(value, str) else None
+    except ValueError:
+        return False
+    return parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _texts_of(request: AudioInput) -> list[str]:
@@ -234,16 +292,17 @@ def _texts_of(request: AudioInput) -> list[str]:
 
 
 def _fields_of(raw: RawRow, reading: Reading) -> dict[str, Any]:
-    columns = dict(reading.columns)
+    columns, has_columns = dict(reading.columns), raw.columns is not None
+    there: Iterable[str] = raw.fields if raw.columns is None else raw.columns
     for name, column in columns.items():
-        if not raw.is_text and column not in raw.fields and name not in reading.defaults:
-            raise _Wrong(f"{name}: there is no {column!r} in it{_hint(column, raw.fields)}")
+        if column not in there and (has_columns or name not in reading.defaults):
+            raise _Wrong(f"{name}: there is no {column!r} in it{_hint(column, there)}")
     taken = {*columns.values(), reading.key, *(() if reading.key else KEY_COLUMNS)}
     given = {name: raw.fields[column] for name, column in columns.items() if column in raw.fields}
     for name, value in raw.fields.items():
         if name in taken or any(fnmatch.fnmatchcase(name, pattern) for pattern in reading.ignored):
             continue
-        if name not in _KNOWN and raw.is_text:
+        if name not in _KNOWN and has_columns:
             raise _Wrong(f"the column {name!r} is no field{_hint(name, _KNOWN)}; leave it out with --ignore {name!r}")
         if name in given:
             raise _Wrong(f"{name} is given by --map and by a column of its own; leave that out with --ignore {name!r}")
@@ -251,8 +310,8 @@ def _fields_of(raw: RawRow, reading: Reading) -> dict[str, Any]:
     values = {name: value for name, value in given.items() if value is not None}
     operation = values.get("operation", reading.defaults.get("operation"))
     fields = {name: typed(name, text, operation) for name, text in reading.defaults.items() if name not in values}
-    fields |= {name: typed(name, v, operation) if raw.is_text else v for name, v in values.items()}
-    return fields
+    fields |= {name: typed(name, v, operation) if has_columns else v for name, v in values.items()}
+    return {**raw.fallback, **fields}
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -201,6 +201,8 @@ class Client:
             raise _Passing(f"HTTP {response.status_code}: {_told(response)}", _retry_after_s(response))
         if response.status_code in (401, 403):
             raise EndpointError(f"the endpoint does not take the key: HTTP {response.status_code} {_told(response)}")
+        if response.status_code == 402:
+            raise EndpointError(f"the account cannot pay: HTTP 402 {_told(response)}")
         if response.status_code == 404 and operation == "run":
             raise EndpointError(f"there is no such endpoint: HTTP 404 {_told(response)}")
         if response.is_redirect:

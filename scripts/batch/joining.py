@@ -15,7 +15,8 @@ from typing import Any
 
 from scripts.batch import files
 
-SUFFIX = ".m4b"
+SUFFIX, LIST_SUFFIX = ".m4b", ".m3u8"
+SUBTITLES = (".srt", ".vtt")
 _BIT_RATE = 64_000
 """Of AAC in mono: transparent for speech at 24 kHz, some 29 MB an hour."""
 
@@ -53,6 +54,11 @@ def can_join() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
+def joined_suffix() -> str:
+    """What a book becomes here."""
+    return SUFFIX if can_join() else LIST_SUFFIX
+
+
 def join_book(
     parts: Sequence[AudioPart], target: Path, about: Mapping[str, str], is_stopping: Callable[[], bool]
 ) -> Path:
@@ -73,15 +79,24 @@ def join_book(
     """
     durations_s = _durations_s(parts)
     subtitles = _joined_subtitles(parts, durations_s)
-    for suffix, text in subtitles.items():
-        files.write_text(target.with_name(target.name + suffix), text)
-    playlist = target.with_name(f"{target.name}.m3u8")
+    for suffix in SUBTITLES:
+        path = target.with_name(target.name + suffix)
+        if suffix in subtitles:
+            files.write_text(path, subtitles[suffix])
+        else:
+            path.unlink(missing_ok=True)  # of parts that were there before
+    playlist = target.with_name(target.name + LIST_SUFFIX)
     files.write_text(playlist, _playlist(parts, durations_s, target.parent, about))
     if not can_join():
         return playlist
     path = target.with_name(target.name + SUFFIX)
+    import av
+
     with files.writing(path):
-        _write_m4b(parts, durations_s, files.temporary(path), about, is_stopping)
+        try:
+            _write_m4b(parts, durations_s, files.temporary(path), about, is_stopping)
+        except av.FFmpegError as error:
+            raise JoinError(f"{path.name} cannot be written: {error}") from error
     files.finish(path)
     return path
 
@@ -179,7 +194,7 @@ def _line(text: str) -> str:
 def _joined_subtitles(parts: Sequence[AudioPart], durations_s: Sequence[float]) -> dict[str, str]:
     """By suffix, where every part has them."""
     joined = {}
-    for suffix in (".srt", ".vtt"):
+    for suffix in SUBTITLES:
         paths = [part.path.with_suffix(suffix) for part in parts]
         if all(path.is_file() for path in paths):
             texts = [path.read_text(encoding="utf-8") for path in paths]

@@ -15,6 +15,7 @@ A folder has one run at a time: SQLite's own lock is held until the end of the p
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sqlite3
 import uuid
@@ -36,7 +37,7 @@ _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE rows (
     key TEXT PRIMARY KEY, position INTEGER, folded TEXT NOT NULL UNIQUE, stem TEXT NOT NULL,
-    joined TEXT, joined_of TEXT
+    joined TEXT, joined_of TEXT, join_error TEXT
 ) WITHOUT ROWID;
 CREATE TABLE tasks (
     key TEXT, part INTEGER, digest TEXT NOT NULL, state TEXT NOT NULL, job_id TEXT,
@@ -82,6 +83,21 @@ class Task:
         return f"{self.key} [{self.part + 1}]" if self.part else self.key
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What came of joining a row's parts.
+
+    Args:
+        file: relative to the folder; None for none.
+        of: digest of the parts.
+        error: why there is no file.
+    """
+
+    file: str | None
+    of: str | None
+    error: str | None
+
+
 _COLUMNS = tuple(each.name for each in fields(Task))
 
 
@@ -93,6 +109,11 @@ class Changes:
     changed: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     abandoned_jobs: list[str] = field(default_factory=list)
+
+    def abandon(self, task: Task) -> None:
+        """Nobody wants it any more."""
+        if task.state == SENT and task.job_id is not None:
+            self.abandoned_jobs.append(task.job_id)
 
 
 class Manifest:
@@ -146,6 +167,24 @@ class Manifest:
 
     # ------------------------------------------------------------------------------ at the start
 
+    def meet_input(self, source: Path, *, is_meant: bool) -> None:
+        """Note what the batch is of.
+
+        Args:
+            source: the input.
+            is_meant: whether it was said that this folder is for it.
+
+        Raises:
+            BatchError: the folder has the batch of another input, and may have it by chance.
+        """
+        before = self._database.execute("SELECT value FROM about WHERE name = 'input'").fetchone()
+        path = str(source.resolve())
+        if before is not None and before[0] != path and not is_meant:
+            raise BatchError(
+                f"{self._folder} holds what became of {before[0]}; say --out {self._folder} to go on there"
+            )
+        self._database.execute("INSERT OR REPLACE INTO about VALUES ('input', ?)", (path,))
+
     def meet(self, rows: Sequence[Row], *, is_all: bool, endpoint: str, retry_failed: bool) -> Changes:
         """Take in what a run is to do.
 
@@ -160,45 +199,52 @@ class Manifest:
             self._forget_jobs_elsewhere(endpoint)
             known = {key for (key,) in self._database.execute("SELECT key FROM rows")}
             if is_all:
-                listed = {row.key for row in rows}
-                changes.gone = sorted(known - listed)
+                self._let_go(known - {row.key for row in rows}, changes)
                 self._database.execute("UPDATE rows SET position = NULL")
-            for position, row in enumerate(rows):
-                if row.key not in known:
-                    changes.new.append(row.key)
-                self._meet_row(row, position, is_all, changes)
+            for row in rows:
+                self._meet_row(row, row.key not in known, changes)
             if retry_failed:
-                keys = [(row.key,) for row in rows]
                 retry = "UPDATE tasks SET state = ?, attempts = 0, job_id = NULL WHERE key = ? AND state = ?"
-                self._database.executemany(retry, [(WAITING, key, FAILED) for (key,) in keys])
+                self._database.executemany(retry, [(WAITING, row.key, FAILED) for row in rows])
         return changes
 
-    def _meet_row(self, row: Row, position: int, is_all: bool, changes: Changes) -> None:
-        if row.key in changes.new:
-            stem = self._free_stem(row.key)
+    def _let_go(self, keys: Iterable[str], changes: Changes) -> None:
+        """Of rows that are not in the batch any more, nothing is to be under way."""
+        changes.gone = sorted(keys)
+        for task in itertools.chain(*(self.tasks(key) for key in changes.gone)):
+            if task.state == SENT:
+                changes.abandon(task)
+                self.note_waiting(task)
+
+    def _meet_row(self, row: Row, is_new: bool, changes: Changes) -> None:
+        if is_new:
+            changes.new.append(row.key)
+            stem = self._free_stem(row.name or row.key, row.key)
             insert = "INSERT INTO rows (key, position, folded, stem) VALUES (?, ?, ?, ?)"
-            self._database.execute(insert, (row.key, position, names.folded(stem), stem))
-        elif is_all:
-            self._database.execute("UPDATE rows SET position = ? WHERE key = ?", (position, row.key))
+            self._database.execute(insert, (row.key, row.position, names.folded(stem), stem))
+        else:
+            self._database.execute("UPDATE rows SET position = ? WHERE key = ?", (row.position, row.key))
         before = {task.part: task for task in self.tasks(row.key)}
         differs = len(before) != len(row.parts)
         for number, part in enumerate(row.parts):
             if number not in before or before[number].digest != part.digest:
                 differs = True
                 self._begin_anew(row.key, number, part, before.get(number), changes)
+        for task in [*before.values()][len(row.parts) :]:
+            changes.abandon(task)
         self._database.execute("DELETE FROM tasks WHERE key = ? AND part >= ?", (row.key, len(row.parts)))
         if differs and before:
             changes.changed.append(row.key)
 
     def _begin_anew(self, key: str, number: int, part: Part, before: Task | None, changes: Changes) -> None:
-        if before is not None and before.job_id is not None and before.state == SENT:
-            changes.abandoned_jobs.append(before.job_id)
+        if before is not None:
+            changes.abandon(before)
         file = None if before is None else before.file  # replaced, or removed, once there is another
         insert = "INSERT OR REPLACE INTO tasks (key, part, digest, state, file) VALUES (?, ?, ?, ?, ?)"
         self._database.execute(insert, (key, number, part.digest, WAITING, file))
 
-    def _free_stem(self, key: str) -> str:
-        stem = names.stem_of(key)
+    def _free_stem(self, name: str, key: str) -> str:
+        stem = names.stem_of(name)
         taken = self._database.execute("SELECT 1 FROM rows WHERE folded = ?", (names.folded(stem),)).fetchone()
         return names.distinct_stem_of(key) if taken else stem
 
@@ -214,7 +260,8 @@ class Manifest:
     def tasks(self, key: str | None = None) -> Iterator[Task]:
         """All jobs, in the order of the input; or those of a row."""
         select = f"SELECT {', '.join(_COLUMNS)} FROM tasks JOIN rows USING (key) "
-        where = "WHERE position IS NOT NULL ORDER BY position, part" if key is None else "WHERE key = ? ORDER BY part"
+        order = "ORDER BY position, key, part"  # positions are of the run that met the row last: two may be the same
+        where = f"WHERE position IS NOT NULL {order}" if key is None else "WHERE key = ? ORDER BY part"
         found = self._database.execute(select + where, () if key is None else (key,))
         for values in found.fetchall():
             named: dict[str, Any] = dict(zip(_COLUMNS, values, strict=True))
@@ -224,11 +271,17 @@ class Manifest:
         """The name of a row's file, without extension."""
         return str(self._database.execute("SELECT stem FROM rows WHERE key = ?", (key,)).fetchone()[0])
 
-    def joined(self, key: str) -> tuple[str | None, str | None]:
-        """The file that a row's parts were joined in, and the digest of what it was joined of."""
-        select = "SELECT joined, joined_of FROM rows WHERE key = ?"
-        file, digest = self._database.execute(select, (key,)).fetchone()
-        return file, digest
+    def open_rows(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Those of which something is left to do: what they ask for is not what was done."""
+        for row in rows:
+            done = [task.digest for task in self.tasks(row.key) if task.state == DONE]
+            if done != [part.digest for part in row.parts]:
+                yield row
+
+    def joined(self, key: str) -> Joined:
+        """What came of joining a row's parts."""
+        select = "SELECT joined, joined_of, join_error FROM rows WHERE key = ?"
+        return Joined(*self._database.execute(select, (key,)).fetchone())
 
     def idempotency_key(self, task: Task) -> str:
         """The same for the same job, however often and from whatever run it is sent; another for another text."""
@@ -261,7 +314,12 @@ class Manifest:
         self._note(task, "state", "job_id", "error_code", "error", "worker_s")
 
     def note_joined(self, key: str, file: str, digest: str) -> None:
-        self._database.execute("UPDATE rows SET joined = ?, joined_of = ? WHERE key = ?", (file, digest, key))
+        update = "UPDATE rows SET joined = ?, joined_of = ?, join_error = NULL WHERE key = ?"
+        self._database.execute(update, (file, digest, key))
+
+    def note_not_joined(self, key: str, digest: str, error: str) -> None:
+        update = "UPDATE rows SET joined = NULL, joined_of = ?, join_error = ? WHERE key = ?"
+        self._database.execute(update, (digest, error, key))
 
     def _note(self, task: Task, *columns: str) -> None:
         values = [getattr(task, column) for column in columns]

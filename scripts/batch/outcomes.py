@@ -21,6 +21,9 @@ OPEN = ("IN_QUEUE", "IN_PROGRESS")
 NO_RESULT, EXPIRED = "no_result", "expired"
 """Our own codes: a job that ended well without a result, and one that the platform has forgotten. Both may pass."""
 
+JOIN_FAILED = "join_failed"
+"""Of ours too: the parts of a text are there, and could not be made one file."""
+
 _SPREAD = ("chunks", "subtitles", "voices")
 _OF_A_PIECE = ("seq", "final", "audio", "chunks_done", "chunks_total")
 
@@ -128,8 +131,11 @@ class Pieces:
                 self.failure = Failure(NO_RESULT, "a piece of the stream was lost on its way", True)
             return
         self._num += 1
-        if piece.get("audio"):
-            self.audio.append(base64.b64decode(piece["audio"]))
+        try:
+            self.audio.append(base64.b64decode(piece.get("audio") or "", validate=True))
+        except (ValueError, TypeError):
+            self.failure = Failure(NO_RESULT, "a piece of the stream holds no base64", True)
+            return
         for name, value in piece.items():
             if name in _SPREAD and name in self.result:
                 self.result[name] = self.result[name] + value

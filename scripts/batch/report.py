@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 
 from scripts.batch import files
 from scripts.batch.costs import Rates, as_time, as_usd
-from scripts.batch.manifest import DONE, FAILED, SENT, WAITING, WRITTEN, Manifest, Task
+from scripts.batch.manifest import DONE, FAILED, SENT, WAITING, WRITTEN, Joined, Manifest, Task, digest_of
+from scripts.batch.outcomes import JOIN_FAILED
 
 FILE = "results.jsonl"
 
@@ -22,7 +23,7 @@ _SHOWN_FAILURES = 10
 
 @dataclass
 class Summary:
-    """A batch as a whole.
+    """A run's rows as a whole.
 
     Args:
         rows, done, failed, open: numbers of rows.
@@ -64,36 +65,48 @@ class Summary:
         yield f"results: {self.folder}"
 
 
-def write_results(manifest: Manifest, folder: Path, rates: Rates, wall_s: float) -> Summary:
-    """Write `results.jsonl`; gives the summary of all rows of the batch."""
+def write_results(manifest: Manifest, folder: Path, keys: Container[str], rates: Rates, wall_s: float) -> Summary:
+    """Write `results.jsonl`, of all rows of the batch; gives the summary of those of the run."""
     summary = Summary(wall_s=wall_s, folder=str(folder / FILE))
     lines = []
     for key, tasks in groupby(manifest.tasks(), key=lambda task: task.key):
-        line = _line(key, list(tasks), manifest.joined(key)[0])
-        _count(summary, line)
+        line = _line(key, list(tasks), manifest.joined(key))
+        if key in keys:
+            _count(summary, line)
         lines.append(json.dumps(line, ensure_ascii=False))
     summary.usd = rates.usd(summary.worker_s)
     files.write_text(folder / FILE, "".join(f"{line}\n" for line in lines))
     return summary
 
 
-def _line(key: str, tasks: Sequence[Task], joined: str | None) -> dict[str, Any]:
+def _line(key: str, tasks: Sequence[Task], joined: Joined) -> dict[str, Any]:
     """A row."""
     worst = min(tasks, key=lambda task: _WORST_FIRST.index(task.state))
-    is_done = worst.state == DONE
-    line: dict[str, Any] = {"key": key, "state": worst.state if worst.state in (DONE, FAILED) else "open"}
-    line["file"] = (tasks[0].file if len(tasks) == 1 else joined) if is_done else None
+    state, file, code, error = _end_of(worst, tasks, joined)
+    is_done = state == DONE
+    line: dict[str, Any] = {"key": key, "state": state if state in (DONE, FAILED) else "open", "file": file}
     line |= {name: worst.result[name] for name in _COPIED if is_done and name in worst.result}
     if len(tasks) > 1:
         line["duration_s"] = round(sum(_duration_s(task) for task in tasks), 3)
         line["parts"] = [_part(task) for task in tasks]
     line["warnings"] = [*dict.fromkeys(each for task in tasks for each in task.result.get("warnings", ()))]
-    line["error_code"], line["error"] = (None, None) if is_done else (worst.error_code, worst.error)
+    line["error_code"], line["error"] = code, error
     line["attempts"] = sum(task.attempts for task in tasks)
     line["worker_s"] = round(sum(task.worker_s for task in tasks), 3)
     line["timings"] = {**worst.result.get("timings", {}), **worst.result.get("platform", {})} if is_done else {}
     line["job_id"] = tasks[0].job_id if len(tasks) == 1 else None
     return line
+
+
+def _end_of(worst: Task, tasks: Sequence[Task], joined: Joined) -> tuple[str, str | None, str | None, str | None]:
+    """State, file, code and error: a text in parts is done when those are one file."""
+    if worst.state != DONE:
+        return worst.state, None, worst.error_code, worst.error
+    if len(tasks) == 1:
+        return DONE, worst.file, None, None
+    if joined.of != digest_of(tasks):
+        return WRITTEN, None, None, None
+    return (DONE, joined.file, None, None) if joined.file else (FAILED, None, JOIN_FAILED, joined.error)
 
 
 def _part(task: Task) -> Mapping[str, Any]:

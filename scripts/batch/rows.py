@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 import itertools
@@ -25,7 +26,8 @@ MAX_TEXT_BYTES = 64_000_000
 
 _MAX_CELL_CHARS = 20_000_000
 _DELIMITERS = ",;\t|"
-_FROM_PLATFORM = frozenset({"input", "id", "key", "webhook", "policy", "s3Config"})
+_BESIDE_INPUT = ("webhook", "policy", "s3Config")
+_FROM_PLATFORM = frozenset({"input", "id", "key", *_BESIDE_INPUT})
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ class RawRow:
     Args:
         source: where it stands.
         fields: by column or name.
-        is_text: whether values are text that stands for what the schema wants, as in CSV.
+        columns: of the file, also those that are empty here; None where each row has its own names. Values of columns
+            are text that stands for what the schema wants.
+        fallback: fields where nothing else says.
+        beside: what is to stand beside the job's input.
         key: its name, where that is no field.
         chapters: of a text with more than one.
         book: what a book says of itself: title, author.
@@ -70,7 +75,9 @@ class RawRow:
 
     source: Source
     fields: Mapping[str, Any]
-    is_text: bool = False
+    columns: frozenset[str] | None = None
+    fallback: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
     chapters: tuple[Chapter, ...] = ()
     book: Mapping[str, str] = field(default_factory=dict)
@@ -82,6 +89,7 @@ def read_rows(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
     Raises:
         BatchError: when there is nothing that could be rows.
     """
+    _check_encoding(encoding)
     if path.is_dir():
         return _folder(path, encoding)
     if not path.is_file():
@@ -96,6 +104,16 @@ def read_rows(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
     if suffix in TEXT_SUFFIXES:
         return _text(path, path.stem, encoding)
     raise BatchError(f"{path}: expected a folder or one of {', '.join(SUFFIXES)}")
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        b"".decode(encoding)
+        is_of_text = isinstance("".encode(encoding), bytes)
+    except (LookupError, UnicodeError):
+        is_of_text = False
+    if not is_of_text:
+        raise BatchError(f"--encoding {encoding}: no such encoding of texts")
 
 
 # ------------------------------------------------------------------------------------------- lines
@@ -115,11 +133,7 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str | Problem]]:
 
 def _all_lines(path: Path, encoding: str) -> Iterator[tuple[int, str | Problem]]:
     """As `_lines`; of encodings whose line ends are not one byte, the file as a whole."""
-    try:
-        is_bytewise = "\n".encode(encoding.removesuffix("-sig")) == b"\n"
-    except LookupError as error:
-        raise BatchError(f"--encoding {encoding}: no such encoding") from error
-    if is_bytewise:
+    if "\n".encode(encoding.removesuffix("-sig")) == b"\n":
         yield from _lines(path, encoding)
         return
     try:
@@ -150,7 +164,8 @@ def _json_row(source: Source, line: str) -> RawRow | Problem:
         unknown = sorted(row.keys() - _FROM_PLATFORM)
         if unknown:
             return Problem(source, f"{unknown[0]}: expected nothing but key or id beside input")
-        row = {**{name: row[name] for name in ("key", "id") if name in row}, **inside}
+        beside = {name: row[name] for name in _BESIDE_INPUT if row.get(name) is not None}
+        return RawRow(source, {**{name: row[name] for name in ("key", "id") if name in row}, **inside}, beside=beside)
     return RawRow(source, row)
 
 
@@ -164,12 +179,18 @@ def _csv(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=first.count)
     with _large_cells():
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-        names = [name.strip() for name in next(reader)]
-        twice = sorted({name for name in names if name and names.count(name) > 1})
+        try:
+            names = [name.strip() for name in next(reader)]
+        except csv.Error as error:
+            yield Problem(Source(path, 1), f"not CSV: {error}")
+            return
+        twice = [name for name, count in collections.Counter(names).items() if name and count > 1]
         if twice:
             yield Problem(Source(path, 1), f"there are two columns {twice[0]!r}")
-            return
-        yield from _csv_rows(path, reader, names, bad)
+        elif bad:
+            yield from bad
+        else:
+            yield from _csv_rows(path, reader, names, bad)
 
 
 def _good_lines(path: Path, encoding: str, bad: list[Problem]) -> Iterator[str]:
@@ -182,6 +203,12 @@ def _good_lines(path: Path, encoding: str, bad: list[Problem]) -> Iterator[str]:
 
 
 def _csv_rows(path: Path, reader: Any, names: list[str], bad: list[Problem]) -> Iterator[RawRow | Problem]:
+    """The rows behind the first line.
+
+    Args:
+        bad: lines that cannot be read, put there while the reader reads a row: one of that row's.
+    """
+    columns = frozenset(filter(None, names))
     while True:
         source = Source(path, reader.line_num + 1)
         try:
@@ -190,16 +217,18 @@ def _csv_rows(path: Path, reader: Any, names: list[str], bad: list[Problem]) -> 
             yield from bad
             return
         except csv.Error as error:
-            yield Problem(source, f"not CSV: {error}")
+            yield from [Problem(source, f"not CSV: {error}"), *bad]
+            bad.clear()
             continue
-        yield from bad
-        bad.clear()
-        if len(cells) > len(names):
+        if bad:
+            yield from bad
+            bad.clear()
+        elif len(cells) > len(names):
             more = f"{len(cells)} cells, and {len(names)} columns have names; is a text with a comma not in quotes?"
             yield Problem(source, more)
         elif any(cell.strip() for cell in cells):
             filled = {name: cell for name, cell in zip(names, cells, strict=False) if name and cell.strip()}
-            yield RawRow(source, filled, is_text=True)
+            yield RawRow(source, filled, columns)
 
 
 @contextlib.contextmanager
@@ -220,9 +249,9 @@ def _folder(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
     if not files:
         raise BatchError(f"{path}: holds no {' or '.join(TEXT_SUFFIXES)} files")
     names = [each.relative_to(path).with_suffix("").as_posix() for each in files]
+    counts = collections.Counter(names)
     for file, name in zip(files, names, strict=True):
-        is_alone = names.count(name) == 1
-        yield from _text(file, name if is_alone else f"{name}{file.suffix}", encoding)
+        yield from _text(file, name if counts[name] == 1 else f"{name}{file.suffix}", encoding)
 
 
 def _text(path: Path, key: str, encoding: str) -> Iterator[RawRow | Problem]:
@@ -282,4 +311,4 @@ def _book(path: Path) -> Iterator[RawRow | Problem]:
         return
     about = {name: value for name, value in (("title", book.title), ("author", book.author)) if value}
     language = {"language": book.language} if book.language else {}
-    yield RawRow(Source(path), language, key=path.stem, chapters=book.chapters, book=about)
+    yield RawRow(Source(path), {}, fallback=language, key=path.stem, chapters=book.chapters, book=about)

@@ -17,10 +17,11 @@ from scripts.batch.board import Board
 from scripts.batch.checking import Part, Row
 from scripts.batch.client import Client, DownloadError, Refused
 from scripts.batch.errors import EndpointError
-from scripts.batch.joining import AudioPart, JoinError, Stopped, join_book
+from scripts.batch.joining import SUBTITLES, AudioPart, JoinError, Stopped, join_book, joined_suffix
 from scripts.batch.manifest import DONE, SENT, WAITING, WRITTEN, Manifest, Task, digest_of
 from scripts.batch.outcomes import NO_RESULT, OF_THE_ENDPOINT, Failure, Outcome
 from scripts.batch.polling import Ended, ended
+from scripts.wav import finish_sizes
 
 _AUDIO = ("audio", "sample_audio")
 _LEFT_OUT = (*_AUDIO, *(f"{name}_url" for name in _AUDIO), "audio_url_expires_s", "chunks", "subtitles", "error")
@@ -178,10 +179,8 @@ class Runner:
     def _body(self, task: Task) -> dict[str, Any]:
         fields = self._part(task).fields
         key = fields.get("idempotency_key") or self._manifest.idempotency_key(task)
-        body: dict[str, Any] = {"input": {**fields, "idempotency_key": key}}
-        if self._policy.webhook is not None:
-            body["webhook"] = self._policy.webhook
-        return body
+        everywhere = {} if self._policy.webhook is None else {"webhook": self._policy.webhook}
+        return {**everywhere, **self._part(task).beside, "input": {**fields, "idempotency_key": key}}
 
     def _look_at(self, failure: Failure, task: Task) -> None:
         """Give up where every job would fail.
@@ -225,18 +224,32 @@ class Runner:
             return Failure("download_failed", str(error), True)
         if not num_bytes:
             return Failure(NO_RESULT, "the result holds no audio", True)
-        if isinstance(result.get("subtitles"), str):
-            kind = self._part(task).fields.get("subtitles")
-            await asyncio.to_thread(files.write_text, path.with_suffix(f".{kind}"), result["subtitles"])
+        await self._keep_subtitles(task, path, result.get("subtitles"))
         before = task.file
         self._manifest.note_written(task, file, num_bytes, _told(result, end.outcome))
         files.finish(path)
         self._manifest.note_done(task)
         if before is not None and before != file:
             (self._folder / before).unlink(missing_ok=True)
+            if (self._folder / before).with_suffix("") != path.with_suffix(""):
+                self._remove_subtitles(self._folder / before)
         self._num_done += 1
         self._board.done(task)
         return None
+
+    async def _keep_subtitles(self, task: Task, path: Path, subtitles: object) -> None:
+        """Those of this result, and no others: what is joined of parts would take what an earlier one left."""
+        kind = f".{self._part(task).fields.get('subtitles')}" if isinstance(subtitles, str) else None
+        if isinstance(subtitles, str) and kind is not None:
+            await asyncio.to_thread(files.write_text, path.with_suffix(kind), subtitles)
+        if task.file is not None:
+            self._remove_subtitles(path, but=kind)
+
+    @staticmethod
+    def _remove_subtitles(path: Path, but: str | None = None) -> None:
+        for suffix in SUBTITLES:
+            if suffix != but:
+                path.with_suffix(suffix).unlink(missing_ok=True)
 
     async def _write(self, path: Path, end: Ended, result: Mapping[str, Any]) -> int:
         """The audio's number of bytes; 0 for none. It lies under its temporary name."""
@@ -275,9 +288,9 @@ class Runner:
             tasks = list(self._manifest.tasks(row.key))
             if any(task.state != DONE for task in tasks):
                 return
-            file, joined_of = self._manifest.joined(row.key)
-            digest = digest_of(tasks)
-            if joined_of == digest and file is not None and (self._folder / file).is_file():
+            joined, digest = self._manifest.joined(row.key), digest_of(tasks)
+            is_best = joined.file is not None and joined.file.endswith(joined_suffix())
+            if joined.of == digest and joined.file is not None and is_best and (self._folder / joined.file).is_file():
                 return
             self._board.joining(row)
             target = self._folder / self._manifest.stem(row.key)
@@ -285,7 +298,8 @@ class Runner:
             try:
                 path = await asyncio.to_thread(join_book, parts, target, row.book, self._stopping.is_set)
             except JoinError as error:
-                self._board.trouble("join", f"{row.key}: {error}")
+                self._manifest.note_not_joined(row.key, digest, str(error))
+                self._board.not_joined(row, str(error))
                 return
             self._manifest.note_joined(row.key, path.name, digest)
             self._board.joined(row, path)
@@ -306,4 +320,6 @@ def _told(result: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
 def _write_parts(path: Path, parts: Sequence[bytes]) -> int:
     with files.writing(path) as file:
         file.writelines(parts)
-    return sum(map(len, parts))
+        num_bytes = file.tell()
+        finish_sizes(file)  # a wav that was streamed was begun before its length was known
+    return num_bytes

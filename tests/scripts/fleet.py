@@ -45,6 +45,7 @@ class Fleet(LocalPlatform):
         num_refused: answers of 429.
         lost_share: of the answers to /run, which are cut off behind the job's taking.
         is_open: while cleared, workers take nothing.
+        on_job: told of each job that a worker takes, whole.
     """
 
     def __init__(self, limits: Limits = LIMITS, seed: int = 0) -> None:
@@ -57,6 +58,7 @@ class Fleet(LocalPlatform):
         self.is_open = threading.Event()
         self.is_open.set()
         self.answer: Answer = spoken
+        self.on_job: Callable[[dict[str, Any]], object] = lambda _job: None
         self._random = random.Random(seed)
         self._kept: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -114,6 +116,7 @@ class Fleet(LocalPlatform):
             jobs = taken.json() if taken.status_code == 200 else []
             dies_at = draw.randrange(len(jobs)) if jobs and draw.random() < dying else None
             for number, job in enumerate(jobs):
+                self.on_job(job)
                 result = self._result(job["input"], draw.random() < failing)
                 if number == dies_at:
                     return  # with what it made, and with the rest of the jobs

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -169,12 +171,16 @@ def test_a_book_becomes_one_file_with_chapters_and_subtitles_that_fit(tmp_path: 
 
 
 def test_workers_that_stream_are_understood(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "rows.csv", [{**row, "output_format": "mp3"} for row in texts(2)])
+    rows = [*texts(1), {"key": "other", "text": "Another one.", "output_format": "mp3"}]
+    source = write_rows(tmp_path / "rows.csv", rows)
     done = run_apart(source, "--local", 1, "--out", tmp_path / "out", STREAMING="1")
     assert done.returncode == 0, done.stderr
+    assert {row["file"] for row in results(tmp_path / "out").values()} == {"row-0.wav", "other.mp3"}
     for row in results(tmp_path / "out").values():
         file = tmp_path / "out" / row["file"]
         assert soundfile.info(file).duration == pytest.approx(row["duration_s"], abs=0.1)
+    header = (tmp_path / "out" / "row-0.wav").read_bytes()
+    assert int.from_bytes(header[4:8], "little") == len(header) - 8, "its size is said"
 
 
 # ------------------------------------------------------------------------------------------- a fleet that fails
@@ -292,7 +298,8 @@ def test_failures_that_may_pass_are_tried_again_and_others_are_not(tmp_path: Pat
         assert on(fleet, source, "--out", out).returncode == 1 and len(tries) == 5, "what failed has failed"
         fleet.answer = spoken
         only = on(fleet, source, "--out", out, "--retry-failed", "--only", "stub*")
-        assert only.returncode == 1, "one row is failed yet"
+        assert only.returncode == 0, "what was asked for is done"
+        assert "1 of 1 rows done" in only.stderr
         assert {key: row["state"] for key, row in results(out).items()} == {
             "passing": "done",
             "useless": "failed",
@@ -430,6 +437,220 @@ def test_voices_that_the_endpoint_does_not_have_are_told_before_anything_is_sent
         assert told.returncode == 2 and "there is no voice 'Bern'; did you mean Ben?" in told.stderr
         assert f"{source}:3" in told.stderr and f"{source}:2" not in told.stderr and f"{source}:4" not in told.stderr
         assert {fields.get("operation") for fields in fleet.asked} == {"list_voices"}
+
+
+def test_voices_of_rows_that_are_done_are_not_looked_for_again(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", [{"text": "Hello.", "voice_name": "Anna"}]), tmp_path / "out"
+
+    def answer(fields: dict[str, Any]) -> dict[str, Any]:
+        is_question = fields.get("operation") == "list_voices"
+        return {"voices": [{"voice_id": "1", "name": "Anna"}], "total": 1} if is_question else spoken(fields)
+
+    with fleet_of() as fleet:
+        fleet.answer = answer
+        assert on(fleet, source, "--out", out, "--check-voices").returncode == 0
+        assert on(fleet, source, "--out", out, "--check-voices").returncode == 0
+        assert len(fleet.asked) == 2
+
+
+def test_a_row_of_which_nothing_changed_is_its_own_wherever_it_stands(tmp_path: Path) -> None:
+    source, out = tmp_path / "rows.csv", tmp_path / "out"
+    write_rows(source, [{"text": "One."}, {"text": "Two."}, {"text": "Two."}])
+    with fleet_of() as fleet:
+        assert on(fleet, source, "--out", out).returncode == 0
+        assert len(fleet.asked) == 3
+        before = results(out)
+        write_rows(source, [{"text": "Zero."}, {"text": "One."}, {"text": "Two."}, {"text": "Two."}])
+        assert on(fleet, source, "--out", out).returncode == 0
+        assert [fields["text"] for fields in fleet.asked[3:]] == ["Zero."]
+    after = results(out)
+    assert [*after][1:] == [*before] and [row["file"] for row in after.values()][1:] == [
+        row["file"] for row in before.values()
+    ]
+    assert sorted(row["file"].partition("-")[0] for row in before.values()) == ["00002", "00003", "00004"]
+
+
+def test_each_row_has_one_line_in_the_order_of_the_input_whatever_ran_first(tmp_path: Path) -> None:
+    long = "This is a sentence of a text that goes in parts. " * 110
+    rows = [{"key": key, "text": f"{key}. {long}"} for key in ("b", "a", "c")]
+    source, out = write_rows(tmp_path / "rows.csv", rows), tmp_path / "out"
+    with fleet_of() as fleet:
+        for key in ("c", "a", "b"):
+            on(fleet, source, "--out", out, "--part-chars", 3000, "--only", key)
+        assert [*results(out)] == ["b", "a", "c"]
+        assert all([part["state"] for part in row["parts"]] == ["done", "done"] for row in results(out).values())
+
+
+def test_a_book_that_cannot_be_joined_has_failed_with_its_parts_kept(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    text = "This is a sentence of a text that goes in parts. " * 110
+    source, out = write_rows(tmp_path / "rows.csv", [{"key": "long", "text": text}]), tmp_path / "out"
+    with fleet_of() as fleet:  # whose audio is none
+        done = on(fleet, source, "--out", out, "--part-chars", 3000, "--quiet")
+        assert done.returncode == 1 and "not joined: long: 001-Part-1.wav cannot be read" in done.stderr
+        row = results(out)["long"]
+        assert (row["state"], row["error_code"], row["file"]) == ("failed", "join_failed", None)
+        assert all((out / part["file"]).is_file() for part in row["parts"])
+        assert on(fleet, source, "--out", out, "--part-chars", 3000).returncode == 1
+        assert len(fleet.asked) == 2, "nothing was spoken again"
+
+
+def test_subtitles_that_a_row_no_longer_asks_for_are_gone(tmp_path: Path) -> None:
+    def answer(fields: dict[str, Any]) -> dict[str, Any]:
+        kind = fields.get("subtitles")
+        return {**spoken(fields), **({"subtitles": f"of {kind}"} if kind else {})}
+
+    source, out = write_rows(tmp_path / "rows.csv", texts(1)), tmp_path / "out"
+    with fleet_of() as fleet:
+        fleet.answer = answer
+        for more, left in ((["subtitles=srt"], {"row-0.srt"}), (["subtitles=vtt"], {"row-0.vtt"}), ([], set())):
+            assert on(fleet, source, "--out", out, *itertools.chain(*(("--set", m) for m in more))).returncode == 0
+            assert {path.name for path in out.glob("row-0.*")} == {"row-0.wav", *left}
+
+
+def test_jobs_of_rows_that_are_gone_or_changed_are_cancelled(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(5)), tmp_path / "out"
+    with Fleet() as fleet:
+        assert interrupted(fleet, source, out, tmp_path / "log") == 130
+        rows = [row for row in texts(5) if row["key"] not in ("row-0", "row-4")]
+        rows[0]["text"] = "Something else."
+        write_rows(source, rows)
+        client = start(fleet, source, "--out", out, log=tmp_path / "log")
+        fleet.wait_until(lambda: fleet.requests["cancel"] == 2)
+        fleet.work()
+        assert client.wait(30) == 0 and fleet.requests["cancel"] == 2, "row-0 is gone, row-1 has changed"
+        said = {fields["text"] for fields in fleet.asked}
+        assert said == {"Something else.", "This is sentence number 2.", "This is sentence number 3."}
+
+
+def test_two_inputs_do_not_share_a_folder_by_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.csv", [{"key": "same", "text": f"From {name}."}])
+    with fleet_of() as fleet:
+        assert on(fleet, "one/rows.csv").returncode == 0
+        refused = on(fleet, "two/rows.csv")
+        assert refused.returncode == 2 and "--out" in refused.stderr and len(fleet.asked) == 1
+        assert audio_of(tmp_path / "out" / "rows", "same") == b"None: From one."
+        assert on(fleet, "one/rows.csv").returncode == 0
+        assert on(fleet, "two/rows.csv", "--out", "out/rows").returncode == 0, "then it is meant"
+
+
+def test_what_went_wrong_is_told_even_when_all_else_is_not(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(2)), tmp_path / "out"
+    with fleet_of() as fleet:
+        fleet.answer = lambda fields: spoken(fields) if "0" in fields["text"] else {"error": "no", "error_code": "x"}
+        done = on(fleet, source, "--out", out, "--quiet")
+    assert (done.returncode, done.stderr.splitlines(), done.stdout) == (1, ["failed: row-1: x: no"], "")
+
+
+def test_an_account_that_cannot_pay_ends_the_run(tmp_path: Path, paying: Callable[[], str]) -> None:
+    source = write_rows(tmp_path / "rows.csv", texts(50))
+    arguments = ("--api-url", paying(), "--endpoint", "x", "--no-check-voices", "--out", tmp_path / "out")
+    done = run(source, *arguments, "--in-flight", 1, RUNPOD_API_KEY="k")
+    assert done.returncode == 1 and "cannot pay" in done.stderr and "out of credit" in done.stderr
+    assert {row["state"] for row in results(tmp_path / "out").values()} == {"open"}
+
+
+@pytest.fixture
+def paying() -> Iterator[Callable[[], str]]:
+    """An address that wants money."""
+
+    class Till(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps({"error": "out of credit"}).encode()
+            self.send_response(402)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Till) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield lambda: f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_stands_beside_a_jobs_input_goes_along(tmp_path: Path) -> None:
+    lines = tmp_path / "rows.jsonl"
+    config = {"accessId": "a", "accessSecret": "b", "bucketName": "mine", "endpointUrl": "https://s3.example.com"}
+    job = {"key": "one", "input": {"text": "Uno."}, "s3Config": config, "policy": {"ttl": 60_000}}
+    lines.write_text(json.dumps(job) + "\n", encoding="utf-8")
+    taken: list[dict[str, Any]] = []
+    with fleet_of() as fleet:
+        fleet.on_job = taken.append
+        assert on(fleet, lines, "--out", tmp_path / "out").returncode == 0
+        assert [(each["s3Config"], each["policy"]) for each in taken] == [(config, {"ttl": 60_000})]
+        for name, wrong in (("policy", 7), ("webhook", "ftp://x"), ("s3Config", 7)):
+            lines.write_text(json.dumps({"input": {"text": "Uno."}, name: wrong}) + "\n", encoding="utf-8")
+            done = on(fleet, lines, "--out", tmp_path / "2")
+            assert done.returncode == 2 and f"{lines}:1: {name}: expected" in done.stderr, done.stderr
+        assert b'"b"' not in (tmp_path / "out" / "batch.sqlite").read_bytes(), "a secret is in the manifest"
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "words"),
+    [
+        ("key,text\na,Hello.\n", ["--map", "voice_name=Speaker"], "voice_name: there is no 'Speaker' in it"),
+        ("key,text\na,Hello.\n", ["--map", "seed=Sed", "--set", "seed=1"], "seed: there is no 'Sed' in it"),
+        ("key,text\na,Hello.\n", ["--set", "idempotency_key=one"], "each job has to have its own"),
+        ("key,text,idempotency_key\na,Hi.,x\nb,Ho.,x\n", [], "the idempotency_key 'x' is that of"),
+        ("key,text\na,Hello.\n", ["--encoding", "nonsense"], "--encoding nonsense: no such encoding"),
+        ("key,text\na,Hello.\n", ["--encoding", "base64"], "--encoding base64: no such encoding"),
+        ('key,"te\nxt\na,Hello.\n', [], "not CSV"),
+    ],
+)
+def test_what_is_wrong_with_columns_and_options_is_told_before_anything_is_sent(
+    tmp_path: Path, content: str, arguments: list[str], words: str
+) -> None:
+    source = tmp_path / "rows.csv"
+    source.write_text(content, encoding="utf-8")
+    done = run(source, "--dry-run", *arguments)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_an_input_that_cannot_be_read_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").symlink_to("a.txt")
+    (tmp_path / "texts" / "b.txt").write_text("Hello.")
+    folder = tmp_path / "texts" / "deep.txt"
+    folder.mkdir()
+    assert run(tmp_path / "texts", "--dry-run").returncode == 0, "a link to nowhere is no text"
+    source = tmp_path / "rows.csv"
+    os.mkfifo(source)
+    assert run(source, "--dry-run").returncode == 2
+
+
+def test_a_row_with_a_line_that_cannot_be_read_is_left_out_whole(tmp_path: Path) -> None:
+    source = tmp_path / "rows.csv"
+    source.write_bytes(b'key,text\na,"One.\ncaf\xe9\nthree."\nb,Two.\n')
+    with fleet_of() as fleet:
+        done = on(fleet, source, "--out", tmp_path / "out", "--skip-bad")
+        assert done.returncode == 1 and f"{source}:3: byte 0xe9" in done.stderr
+        assert [fields["text"] for fields in fleet.asked] == ["Two."]
+
+
+def test_a_language_that_was_said_beats_the_books_own(tmp_path: Path) -> None:
+    book = write_epub(tmp_path / "b.epub", "A Book", [("One", "First."), ("Two", "Second.")])
+    with fleet_of() as fleet:
+        on(fleet, book, "--out", tmp_path / "1")
+        on(fleet, book, "--out", tmp_path / "2", "--set", "language=de")
+        assert [fields["language"] for fields in fleet.asked] == ["en", "en", "de", "de"]
+
+
+def test_a_full_disk_ends_the_run_with_a_word(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(3)), tmp_path / "out"
+    with fleet_of() as fleet:
+        assert on(fleet, source, "--out", out, "--only", "row-0").returncode == 0
+        with contextlib.closing(sqlite3.connect(out / "batch.sqlite", isolation_level=None)) as database:
+            full = "SELECT RAISE(ABORT, 'disk is full')"
+            database.execute(f"CREATE TRIGGER full BEFORE UPDATE ON tasks BEGIN {full}; END")
+        done = on(fleet, source, "--out", out)
+        assert done.returncode == 1 and "disk is full; what is done is kept" in done.stderr
 
 
 def test_a_row_whose_text_changed_is_told_and_done_anew(tmp_path: Path) -> None:
