@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jobs import logs, loop
+from jobs.audio_file import AUDIO_FIELDS
 from jobs.errors import JobError, error_result
 from jobs.schema import parse_job
 from jobs.settings import Settings, SettingsError, read_settings
@@ -39,7 +40,6 @@ from jobs.worker import Worker
 
 DEFAULT_JOB = Path(__file__).resolve().parent / "test_input.json"
 OUT_DIR = Path("out")
-_AUDIO_FIELDS = ("audio", "sample_audio")
 _PLATFORM_VARIABLES = ("RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_REALTIME_PORT")
 
 
@@ -156,13 +156,13 @@ def _file_stem(job: Mapping[str, Any]) -> str:
 
 def _audio_to_files(result: Mapping[str, Any], stem: str) -> dict[str, Any]:
     """The result with its audio written to out/ and replaced by the file's path."""
-    path = OUT_DIR / f"{stem}.{result.get('format', 'bin')}"
-    replaced = dict(result)
-    for field in _AUDIO_FIELDS:
-        if field in result:
-            _write_atomically(path, base64.b64decode(result[field]))
-            replaced[field] = str(path)
-    return replaced
+    fields = [field for field in AUDIO_FIELDS if field in result]
+    if not fields:
+        return dict(result)
+    path = OUT_DIR / f"{stem}.{result['format']}"
+    with _replacing(path) as file:
+        file.write(base64.b64decode(result[fields[0]]))
+    return {**result, **dict.fromkeys(fields, str(path))}
 
 
 async def _stream_to_file(pieces: AsyncGenerator[dict[str, Any], None], stem: str) -> dict[str, Any]:
@@ -186,11 +186,6 @@ async def _stream_to_file(pieces: AsyncGenerator[dict[str, Any], None], stem: st
                 file.write(base64.b64decode(piece["audio"]))
             join(result, piece)
     return result
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    with _replacing(path) as file:
-        file.write(data)
 
 
 @contextmanager

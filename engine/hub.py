@@ -182,9 +182,8 @@ def _download_file(listing: Listing, file: RemoteFile, path: Path, progress: Pro
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(listing.repository, file.name, revision=listing.commit)
-    headers = build_hf_headers(token=token) | {
-        "Accept-Encoding": "identity"
-    }  # a place in the file is one in what comes
+    # Uncompressed: a place in the file is one in what comes.
+    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
     part = path.with_name(f".{path.name}.{file.etag[:12]}.part")  # of other content, another file
     with part.open("ab") as stream:
         try:
@@ -204,10 +203,10 @@ def _download_file(listing: Listing, file: RemoteFile, path: Path, progress: Pro
         )
         stream.flush()
         os.fsync(stream.fileno())
-    if not file.is_content_of(part):
-        part.unlink()
-        raise ValueError(f"{file.name} arrived damaged: its content is not what the hub says it is; fetch it again")
-    part.replace(path)
+        if not file.is_content_of(part):  # still locked: nobody takes the file for half of one meanwhile
+            part.unlink()
+            raise ValueError(f"{file.name} arrived damaged: its content is not what the hub says it is; fetch it again")
+        part.replace(path)
 
 
 def _git_blob_id(path: Path) -> str:

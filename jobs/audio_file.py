@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+AUDIO_FIELDS = ("audio", "sample_audio")
+"""Fields of a result that hold a file as base64; where there are both, it is the same."""
+
 _BASE64_BLOCK_BYTES = 3 << 20  # a multiple of three: its base64 is a piece of the whole's
 _BUFFER_BYTES = 1 << 20
 

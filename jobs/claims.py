@@ -19,14 +19,13 @@ from dataclasses import dataclass, field
 
 from cachetools import LRUCache
 
-from voice_library import LibraryError
 from voice_library.store import Entry, Store
 
 RENEW_EVERY_S = 10.0
 STALE_AFTER_S = 45.0
 
 CLOCKS_DIFFER_S = 120.0
-"""By how much less than this the clocks of workers and of the store are taken to differ."""
+"""By less than this the clocks of workers and of the store are taken to differ."""
 
 _MAX_CLAIM_BYTES = 1_000
 _MAX_SEEN = 10_000
@@ -119,7 +118,7 @@ class Claims:
                 entry = self._entry(key)
                 if entry is not None and held.is_owner_of(self._store.read(key, _MAX_CLAIM_BYTES)):
                     self._store.remove(key, entry.version)
-            except LibraryError as error:
+            except Exception as error:
                 _log.warning("a claim could not be released: %s", error)
 
     def close(self) -> None:
@@ -169,7 +168,7 @@ class Claims:
                 return
             try:
                 held.is_over = not self._renewed(key, held)
-            except LibraryError as error:
+            except Exception as error:  # whatever it is: all claims of this worker are renewed by this thread
                 _log.warning("a claim could not be renewed: %s", error)
                 return
         if held.is_over:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engine.audio import mastering
 from engine.types import FloatArray, Speech
 from jobs import bucket
-from jobs.audio_file import AudioFile
+from jobs.audio_file import AUDIO_FIELDS, AudioFile
 from jobs.errors import JobError
 from jobs.schema import AudioInput, SpeechInput
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _LOUDNESS_TOLERANCE_LU = 0.5
 _WAV_SAMPLE_BYTES = 2
 _MAX_WAV_BYTES = 2**32 - 2**16  # its sizes have 32 bits, and it holds more than its samples
-_BASE64_FIELDS = ("audio", "sample_audio")
 _URL_BYTES = 4_096  # more than a signed address takes
 
 
@@ -37,7 +36,7 @@ class Encoded:
 
     Args:
         audio: the file.
-        format: wav, flac, mp3 or opus.
+        format: wav, flac, mp3 or opus; of a stream pcm too.
         sample_rate: Hz.
         duration_s: seconds of audio.
         master_s, encode_s: what loudness and rate took, and what the format took, seconds.
@@ -227,13 +226,13 @@ def check_result(result: Mapping[str, Any], max_bytes: int) -> None:
 
 def _num_bytes(result: Mapping[str, Any]) -> int:
     """As the SDK sends it."""
-    audio = {name: value for name, value in result.items() if name in _BASE64_FIELDS}  # as long in JSON as it is
+    audio = {name: value for name, value in result.items() if name in AUDIO_FIELDS}  # as long in JSON as it is
     rest = json.dumps({"output": {**result, **dict.fromkeys(audio, "")}}, ensure_ascii=False, allow_nan=False)
     return len(rest.encode("utf-8")) + sum(map(len, audio.values()))
 
 
 def _has_audio(result: Mapping[str, Any]) -> bool:
-    return any(result.get(name) for name in _BASE64_FIELDS)
+    return any(result.get(name) for name in AUDIO_FIELDS)
 
 
 def check_length(

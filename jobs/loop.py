@@ -58,7 +58,7 @@ def serve(settings: Settings) -> None:
             runpod = importing.result()
         for check in worker.fitness_checks():
             runpod.serverless.register_fitness_check(check)
-        config["handler"] = worker.stream if settings.streaming else _handler(worker, runpod)
+        config["handler"] = worker.stream if settings.streaming else _handler(worker, runpod, outbox)
         if settings.streaming and isinstance(worker, BrokenWorker):
             config["refresh_worker"] = True  # which no piece of a stream can ask for
         runpod.serverless.start(config)
@@ -83,10 +83,11 @@ def _import_runpod(level: str) -> Any:
     return runpod
 
 
-def _handler(worker: Worker | BrokenWorker, runpod: Any) -> Callable[[dict[str, Any]], Any]:
+def _handler(worker: Worker | BrokenWorker, runpod: Any, outbox: Outbox) -> Callable[[dict[str, Any]], Any]:
     sends_progress = bool(os.environ.get("RUNPOD_WEBHOOK_POST_OUTPUT"))
 
     async def handler(job: dict[str, Any]) -> dict[str, Any]:
+        outbox.begin(str(job.get("id")))
         with ProgressUpdates(lambda figures: runpod.serverless.progress_update(job, figures)) as updates:
             return await worker.run(job, updates.report if sends_progress else lambda _figures: None)
 

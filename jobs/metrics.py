@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.audio_file import AUDIO_FIELDS
+
 DONE = "done"
 """The outcome of a job that gave a result; of one that failed it is the code."""
 
@@ -46,8 +48,6 @@ SUMS = (
     *("audio_s", "num_chars", "num_chunks", "attempts"),
     *("num_inline_bytes", "num_s3_bytes", "num_downloads", "num_downloaded_bytes"),
 )
-
-_BASE64_FIELDS = ("audio", "sample_audio")
 
 
 @dataclass
@@ -92,7 +92,7 @@ class JobFigures:
     def take(self, result: Mapping[str, Any]) -> None:
         """Note what became of the job; what it was given in pieces is noted as that is sent."""
         self.outcome = result.get("error_code") or (REPEATED if result.get("repeated") else DONE)
-        self.num_inline_bytes += sum(_num_bytes(result.get(name)) for name in _BASE64_FIELDS)
+        self.num_inline_bytes += sum(_num_bytes(result.get(name)) for name in AUDIO_FIELDS)
         if self.outcome != DONE:
             return
         self.audio_s = float(result.get("duration_s", 0.0))

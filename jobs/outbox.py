@@ -10,15 +10,19 @@ running: the worker's pings name it, and no other worker is given it.
         import runpod  # reads them at its import
 
 A final result that the platform refuses for what it is (HTTP 400, 413, 422) becomes an error result, so that the client
-learns of it. Progress is sent once and never after the result: it may be lost, and must not come late.
+learns of it. A stream that lost a piece sends no more of them and ends with an error, as every stream that fails
+(`jobs.streaming`). Progress is sent once and never after the result: it may be lost, and must not come late.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
 import secrets
+import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,8 +33,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import tenacity
+from cachetools import LRUCache
 
 from jobs.errors import JobError, error_result
+from jobs.streaming import error_piece
 
 PATIENCE_S = 500.0
 """For how long a post is tried: the SDK's own limit of a request is 600 s, after which it forgets the job."""
@@ -40,7 +46,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0
 _TIMEOUT_S, _PROGRESS_TIMEOUT_S = 60.0, 5.0
 _MAY_PASS = frozenset({408, 425, 429})  # of the refusals, those that mean another time
 _IN_DOUBT = frozenset({301, 302, 303, 307, 308, 401, 403, 409})  # a gateway's, while it is set up anew, or meant
-_SHARE_FOR_DOUBT = 0.06  # of the patience, half a minute
+_DOUBT_S = 30.0  # for so long these
 _FOR_WHAT_IT_IS = frozenset({400, 413, 422})
 _NEVER_TAKEN = 424
 """What the SDK is told at the end of all patience. Of a 5xx it would begin anew."""
@@ -48,7 +54,9 @@ _FORWARDED_HEADERS = ("authorization", "content-type", "charset", "x-request-id"
 _MAX_BODY_BYTES = 64 << 20
 _MAX_PROGRESS_BYTES = 10_000
 _WORKER, _JOB = "$RUNPOD_POD_ID", "$ID"  # in the platform's templates, filled in by the SDK
-_MAX_ENDED = 10_000
+_STREAMS_END = "&isStream=true"  # of the SDK's address for the result of a generator
+_MAX_REMEMBERED = 10_000  # jobs
+_LOOKS_FOR_END_EVERY_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +67,7 @@ class Outbox:
     Args:
         environment: where the platform says what to post where.
         patience_s: for how long a result or a piece is tried.
+        doubt_s: for how much of it a refusal is doubted that may be of a gateway for a moment.
         sleep: waits between two tries.
     """
 
@@ -67,18 +76,21 @@ class Outbox:
         environment: Mapping[str, str],
         *,
         patience_s: float = PATIENCE_S,
+        doubt_s: float = _DOUBT_S,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._patience_s, self._sleep = patience_s, sleep
+        self._patience_s, self._doubt_s, self._sleep = patience_s, doubt_s, sleep
         wanted = {name: environment[name] for name in (_RESULTS, _PIECES) if environment.get(name)}
         self._routes = {name: _Route.of(template, name) for name, template in wanted.items()}
-        self._client = httpx.Client(follow_redirects=False)
-        self._ended: dict[str, None] = {}  # jobs whose result was posted, in order
+        # Trusts whom the SDK trusts, and like it asks no proxy: whoever is given jobs can answer them.
+        self._client = httpx.Client(follow_redirects=False, trust_env=False, verify=ssl.create_default_context())
+        self._ended: LRUCache[str, None] = LRUCache(_MAX_REMEMBERED)  # jobs whose result was posted
+        self._broken: LRUCache[str, None] = LRUCache(_MAX_REMEMBERED)  # jobs whose stream lost a piece
         self._in_progress: set[str] = set()  # jobs of which progress is being posted
-        self._broken: set[str] = set()  # streams that lost a piece
         self._changed = threading.Condition()  # of the three above
         self._server = _Server(("127.0.0.1", 0), self._request_handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, name="outbox", daemon=True)
+        serve = functools.partial(self._server.serve_forever, poll_interval=_LOOKS_FOR_END_EVERY_S)
+        self._thread = threading.Thread(target=serve, name="outbox", daemon=True)
 
     def __enter__(self) -> Outbox:
         self._thread.start()
@@ -95,6 +107,11 @@ class Outbox:
         url = f"http://127.0.0.1:{self._server.server_port}"
         return {name: url + route.here for name, route in self._routes.items()}
 
+    def begin(self, job_id: str) -> None:
+        """A job is taken, perhaps again: progress of it is posted from now on."""
+        with self._changed:
+            self._ended.pop(job_id, None)
+
     def forward(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
         """Post until it is taken; gives the HTTP status that the SDK is to see. Blocks.
 
@@ -109,42 +126,40 @@ class Outbox:
         url, job_id = route.origin + path.removeprefix(route.place), route.job_id(path)
         sent = {name: value for name, value in headers.items() if name.lower() in _FORWARDED_HEADERS}
         if route.name == _PIECES:
-            status = self._piece(url, sent, body, job_id)
-        elif _is_progress(body):
+            return self._piece(url, sent, body, job_id)
+        if _is_progress(body):
             return self._progress(url, sent, body, job_id)
-        else:
-            status = self._result(url, sent, body, job_id)
-        if status != 200:
-            _log.error("the platform did not take the answer of job %s (HTTP %d)", job_id, status)
-        return status
+        return self._result(url, sent, body, job_id)
 
     def _piece(self, url: str, headers: Mapping[str, str], body: bytes, job_id: str) -> int:
-        """Of a stream that has lost a piece no more is sent: it ends with an error."""
+        """Of a stream that has lost a piece no more is sent, until the job is run again and streams anew."""
         with self._changed:
             if job_id in self._broken:
-                return _NEVER_TAKEN
+                if not _is_first(body):
+                    return _NEVER_TAKEN
+                del self._broken[job_id]
         status = self._try_on(url, headers, body)
         if status != 200:
+            _log.error("the platform did not take a piece of job %s (HTTP %d): its stream is broken", job_id, status)
             with self._changed:
-                self._broken.add(job_id)
+                self._broken[job_id] = None
         return status
 
     def _result(self, url: str, headers: Mapping[str, str], body: bytes, job_id: str) -> int:
         with self._changed:
-            if job_id in self._broken:
-                self._broken.discard(job_id)
-                body = _told(JobError("internal", "a piece of the stream could not be delivered; send the job again"))
+            is_broken = job_id in self._broken
             self._ended[job_id] = None
-            while len(self._ended) > _MAX_ENDED:
-                del self._ended[next(iter(self._ended))]
             self._changed.wait_for(lambda: job_id not in self._in_progress)
+        if is_broken and "error" not in (posted := json.loads(body)):
+            lost = JobError("internal", "a piece of the stream could not be delivered; send the job again")
+            body = _told(lost, url, posted)
         status = self._try_on(url, headers, body)
-        return self.refuse(url, headers, status, len(body)) if status in _FOR_WHAT_IT_IS else status
-
-    def refuse(self, url: str, headers: Mapping[str, str], status: int, num_bytes: int) -> int:
-        """Send an error in the place of a result that is not taken."""
-        message = f"the platform refused the result of {num_bytes / 1e6:.1f} MB (HTTP {status})"
-        return self._try_on(url, headers, _told(JobError("result_too_large", message)))
+        if status in _FOR_WHAT_IT_IS:
+            message = f"the platform refused the result of {len(body) / 1e6:.1f} MB (HTTP {status})"
+            status = self._try_on(url, headers, _told(JobError("result_too_large", message), url, json.loads(body)))
+        if status != 200:
+            _log.error("the platform did not take the result of job %s (HTTP %d)", job_id, status)
+        return status
 
     def _progress(self, url: str, headers: Mapping[str, str], body: bytes, job_id: str) -> int:
         """Once, and not beside or behind the result: then the job would look unfinished."""
@@ -174,9 +189,9 @@ class Outbox:
         def settled() -> int | None:
             """The outcome of one try; None where another may do better."""
             status = self._once(url, headers, body)
-            is_fresh = time.monotonic() - began_s < self._patience_s * _SHARE_FOR_DOUBT
+            is_in_doubt = status in _IN_DOUBT and time.monotonic() - began_s < self._doubt_s
             may_pass = status is None or status >= 500 or status in _MAY_PASS
-            return None if may_pass or (is_fresh and status in _IN_DOUBT) else status
+            return None if may_pass or is_in_doubt else status
 
         status = retrying(settled)
         assert status is not None
@@ -207,7 +222,7 @@ class Outbox:
                     return
                 for start in range(0, num_bytes, _MAX_BODY_BYTES):  # else the SDK would not hear the answer
                     self.rfile.read(min(_MAX_BODY_BYTES, num_bytes - start))
-                self._answer(outbox.forward(self.path, headers, _too_large(num_bytes)))
+                self._answer(outbox.forward(self.path, headers, _too_large(num_bytes, self.path)))
 
             def _answer(self, status: int) -> None:
                 self.send_response(status)
@@ -226,7 +241,8 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The SDK hangs up when a job is stopped."""
-        _log.debug("a post was given up", exc_info=True)
+        is_hung_up = isinstance(sys.exception(), OSError)
+        _log.log(logging.DEBUG if is_hung_up else logging.ERROR, "a post was given up", exc_info=True)
 
 
 @dataclass(frozen=True)
@@ -268,14 +284,27 @@ def _is_progress(body: bytes) -> bool:
     return isinstance(value, dict) and value.get("status") == "IN_PROGRESS"
 
 
-def _told(error: JobError) -> bytes:
-    """An error as the SDK posts one: for a plain worker's client, and as text for a stream's."""
+def _is_first(body: bytes) -> bool:
+    """Whether a piece begins a stream."""
+    return bool(json.loads(body)["output"]["seq"] == 0)
+
+
+def _told(error: JobError, address: str, posted: Mapping[str, Any]) -> bytes:
+    """An error as the SDK posts one: of a plain worker with its code beside it, of a stream as text.
+
+    Args:
+        error: what to tell.
+        address: of the post.
+        posted: in the place of what; its wish for a fresh worker is kept.
+    """
     told = error_result(error)
-    posted = {"error": told["error"], "output": {name: told[name] for name in ("error_code", "field")}}
-    return json.dumps(posted, ensure_ascii=False).encode("utf-8")
+    beside = {"error": told["error"], "output": {name: told[name] for name in ("error_code", "field")}}
+    wish = {name: posted[name] for name in posted.keys() & {"stopPod"}}
+    as_posted = error_piece(told) if address.endswith(_STREAMS_END) else beside
+    return json.dumps({**as_posted, **wish}, ensure_ascii=False).encode("utf-8")
 
 
-def _too_large(num_bytes: int) -> bytes:
+def _too_large(num_bytes: int, address: str) -> bytes:
     """In the place of what is larger than the platform has ever taken."""
     message = f"the result has {num_bytes / 1e6:.1f} MB, which no platform takes; ask for opus or mp3, or a bucket"
-    return _told(JobError("result_too_large", message))
+    return _told(JobError("result_too_large", message), address, {})

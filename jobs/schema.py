@@ -108,9 +108,7 @@ class AudioInput(MakingInput):
     loudness_lufs: float | None = _number(
         MIN_LUFS, MAX_LUFS, "Target of audio_normalization `loudness`, which it implies"
     )
-    delivery: Literal["auto", "inline", "s3"] = _field(
-        "auto, inline or s3", "How the audio is returned", default="auto"
-    )
+    delivery: Delivery = _field("auto, inline or s3", "How the audio is returned", default="auto")
 
 
 class SpeechInput(AudioInput):

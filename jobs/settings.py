@@ -97,7 +97,8 @@ class Settings(BaseSettings):
     work_dir: str | None = Field(
         default=None,
         description="Where `long_form` jobs keep what is spoken, so that the same job sent again, to any worker, goes "
-        "on from there, and where results are kept (RESULTS_MAX_AGE_H): a folder, such as one on a network volume, or s3://bucket/prefix",
+        "on from there, and where results are kept (RESULTS_MAX_AGE_H): a folder, such as one on a network volume, or "
+        "s3://bucket/prefix",
     )
     work_max_age_h: float = Field(
         default=72.0, ge=1.0, le=87_600.0, description="After how many hours what a long job keeps is removed"

@@ -35,7 +35,7 @@ import numpy as np
 from engine.audio.mastering import Resampler, StreamEncoder
 from engine.stream import SpeechStream
 from engine.types import FloatArray, Speech, SpeechPiece
-from jobs.audio_file import AudioFile
+from jobs.audio_file import AUDIO_FIELDS, AudioFile
 from jobs.delivery import Encoded, Level
 from jobs.errors import JobError, error_result
 from jobs.schema import SpeechInput
@@ -50,7 +50,6 @@ it does not take the SDK only logs."""
 SPREAD_FIELDS = ("chunks", "subtitles", "voices")
 """Lists and texts of a result that may lie in several pieces."""
 
-_AUDIO_FIELDS = ("audio", "sample_audio")
 _AUDIO_BYTES = 720_000
 """Of audio in one piece, 960,000 characters of base64. A multiple of 6: whole samples, and no padding."""
 
@@ -154,7 +153,7 @@ def join(result: dict[str, Any], piece: Mapping[str, Any]) -> None:
 
 def _parts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A result's fields in parts that are small enough, the last of them what is neither audio nor spread."""
-    last = {name: value for name, value in result.items() if name not in _AUDIO_FIELDS}
+    last = {name: value for name, value in result.items() if name not in AUDIO_FIELDS}
     about = {name: result[name] for name in ("format", "sample_rate") if name in result}
     audio = result.get("audio", "")
     parts = [{"audio": part, **about} for part in _cut(audio, _AUDIO_BYTES // 3 * 4)]

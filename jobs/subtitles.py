@@ -26,7 +26,6 @@ from engine.text.scripts import SPACELESS, SYLLABLE
 from engine.text.splitting import Break, split_text
 from engine.types import Chunk
 
-MAX_LINES = 2
 MAX_LINE_COLUMNS = 42
 """A line's width where most characters take one column and full-width ones take two."""
 MAX_WIDE_LINE_COLUMNS = 32

@@ -265,6 +265,9 @@ class Voices:
             except (LibraryError, SpeechError) as error:
                 _log.warning("voice %r could not be made ready: %s", name, error.message)
                 self._count("preload_failures")
+            except Exception:  # of which nobody else would learn
+                _log.exception("voice %r could not be made ready", name)
+                self._count("preload_failures")
 
     def _names(self, wanted: Sequence[str] | int) -> Sequence[str]:
         if not isinstance(wanted, int):

@@ -337,7 +337,7 @@ class Worker:
             raise JobError("timed_out", f"{message}: {how_far}" if how_far else message) from None
 
     def close(self) -> None:
-        """Finish what is being stored of voices, and free the engine."""
+        """Finish what is being stored, free the engine, and let go of all that `load` opened."""
         self._fetch.close()
         if self._voices is not None:
             self._voices.close()

@@ -29,7 +29,7 @@ from jobs.settings import Settings
 from scripts.local_platform import Limits, LocalPlatform, LocalWorker
 from scripts.local_platform.web import operation_of
 
-LIMITS = Limits(ping_interval_s=1, lost_after_s=3.0, hold_s=2.0, stream_hold_s=0.2, webhook_pause_s=0.05)
+LIMITS = Limits(ping_interval_s=1, lost_after_s=15.0, hold_s=2.0, stream_hold_s=0.2, webhook_pause_s=0.05)
 """The platform's, and less patience."""
 _PATIENCE_S = 60.0
 

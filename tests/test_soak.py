@@ -87,7 +87,7 @@ def job(number: int) -> dict[str, Any]:
             "text": text,
             "seed": number,
         },
-        19: {"operation": "long_form", "text": LONG * 10},
+        19: {"operation": "long_form", "text": LONG * 10, "output_format": "opus"},
     }
     speech = {"text": text, "seed": number, "output_format": FORMATS[number % 4], **VOICES[number // 4 % 4]}
     return kinds.get(number % 20, speech)

@@ -14,12 +14,12 @@ import pytest
 import soundfile
 
 from engine.errors import SpeechError
-from engine.types import COMPACT_MARK, EngineConfig, SpeechRequest, VoicePrompt
+from engine.types import COMPACT_MARK, Conditionals, EngineConfig, SpeechRequest, VoicePrompt
 from jobs.settings import Settings
 from jobs.worker import Worker
 from tests.jobs.voice_support import Draft, MakeWorker, counts, engine_of, recorded, run, save
 from tests.voice_library.recordings import speech, voice
-from voice_library import VoiceLibrary
+from voice_library import Voice, VoiceLibrary
 
 # ------------------------------------------------------------------------------------- adding and speaking
 
@@ -200,6 +200,28 @@ def test_preloaded_voices_are_ready_and_one_that_is_not_there_harms_nothing(
     assert counts(second)["preload_failures"] == (0 if isinstance(wanted, int) else 1)
     run(second, text="Hello", voice_name="Anna")
     assert (counts(second)["from_memory"], engine_of(second).num_embedded) == (1, 0)
+
+
+def test_a_voice_that_cannot_be_preloaded_for_unknown_reasons_is_told_and_the_next_one_is_ready(
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make_worker()
+    save(first, "Anna")
+    save(first, "Berta", 200.0)
+    first.close()
+    second = make_worker()
+    assert second._voices is not None
+    conditionals = second._voices.conditionals
+
+    def failing(voice: Voice, **options: Any) -> Conditionals:
+        if voice.name == "Anna":
+            raise RuntimeError("unforeseen")
+        return conditionals(voice, **options)
+
+    monkeypatch.setattr(second._voices, "conditionals", failing)
+    second._voices.preload(("Anna", "Berta")).result(30)
+    assert (counts(second)["preloaded"], counts(second)["preload_failures"]) == (1, 1)
+    assert "'Anna' could not be made ready" in caplog.text
 
 
 def test_a_worker_that_is_loaded_has_the_library_of_its_settings_and_says_so(local: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -12,7 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+from jobs import loop
+from jobs.errors import JobError
 from jobs.outbox import Outbox
+from jobs.streaming import error_piece
+from jobs.worker import BrokenWorker
+from scripts.batch.outcomes import outcome_of
 
 KEY = {"Authorization": "a-key"}
 CUT = 0
@@ -74,11 +80,21 @@ def outbox(platform: FakePlatform) -> Iterator[Outbox]:
         yield outbox
 
 
-def post(outbox: Outbox, body: Any, *, job: str = "job-1", stream: bool = False) -> int:
+def post(outbox: Outbox, body: Any, *, job: str = "job-1", stream: bool = False, ends_stream: bool = False) -> int:
     """As the SDK fills in the template and posts."""
     template = outbox.environment["RUNPOD_WEBHOOK_POST_STREAM" if stream else "RUNPOD_WEBHOOK_POST_OUTPUT"]
-    url = template.replace("$RUNPOD_POD_ID", "worker-1").replace("$ID", job) + "&isStream=false"
+    url = template.replace("$RUNPOD_POD_ID", "worker-1").replace("$ID", job)
+    url += f"&isStream={'true' if ends_stream else 'false'}"
     return httpx.post(url, content=json.dumps(body), headers=KEY, timeout=30).status_code
+
+
+def piece(outbox: Outbox, seq: int, *, job: str = "job-1") -> int:
+    return post(outbox, {"output": {"seq": seq, "audio": ""}}, job=job, stream=True)
+
+
+def end(outbox: Outbox, *, job: str = "job-1", **more: Any) -> int:
+    """As a stream is ended."""
+    return post(outbox, {"output": [], **more}, job=job, ends_stream=True)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["result", "piece"])
@@ -205,19 +221,139 @@ def test_a_gateway_that_refuses_for_a_moment_is_asked_again(
     assert len(platform.posts) == 3
 
 
-def test_a_stream_that_lost_a_piece_ends_with_an_error_and_sends_no_more(
+@pytest.mark.parametrize("status", [401, 403, 307])
+def test_a_refusal_that_is_no_longer_doubted_is_final(status: int, platform: FakePlatform) -> None:
+    platform.statuses = [status]
+    with Outbox(platform.environment, doubt_s=0.0) as outbox:
+        assert post(outbox, {"output": 1}) == status
+    assert len(platform.posts) == 1
+
+
+def test_a_stream_that_lost_a_piece_sends_no_more_and_ends_as_any_stream_that_failed(
     outbox: Outbox, platform: FakePlatform
 ) -> None:
     platform.statuses = [200, 413]
-    assert post(outbox, {"output": {"seq": 0}}, stream=True) == 200
-    assert post(outbox, {"output": {"seq": 1}}, stream=True) == 413
-    assert post(outbox, {"output": {"seq": 2}}, stream=True) != 200
-    assert post(outbox, {"output": []}) == 200
+    assert piece(outbox, 0) == 200
+    assert piece(outbox, 1) == 413
+    assert piece(outbox, 2) != 200
+    assert end(outbox) == 200
     told = json.loads(platform.posts[-1][2])
-    assert "piece" in told["error"] and told["output"]["error_code"] == "internal"
+    assert told == error_piece(json.loads(told["error"]))
+    about = json.loads(told["error"])
+    assert set(about) == {"error", "error_code", "field"}
+    assert "piece" in about["error"] and about["error_code"] == "internal"
     assert len(platform.posts) == 3
-    assert post(outbox, {"output": []}, job="job-2") == 200
+    assert end(outbox, job="job-2") == 200
     assert json.loads(platform.posts[-1][2]) == {"output": []}
+
+
+def test_what_submits_batches_understands_how_a_broken_stream_ends(outbox: Outbox, platform: FakePlatform) -> None:
+    platform.statuses = [413]
+    piece(outbox, 0)
+    end(outbox)
+    failure = outcome_of({"status": "FAILED", **json.loads(platform.posts[-1][2])}).failure
+    assert failure is not None and failure.code == "internal" and failure.may_pass
+    assert "piece" in failure.message and "{" not in failure.message
+
+
+def test_a_broken_stream_that_failed_by_itself_says_why(outbox: Outbox, platform: FakePlatform) -> None:
+    platform.statuses = [413]
+    piece(outbox, 0)
+    own = {"error": json.dumps({"error": "too slow", "error_code": "timed_out", "field": None}), "stopPod": True}
+    assert post(outbox, own, ends_stream=True) == 200
+    assert json.loads(platform.posts[-1][2]) == own
+
+
+def test_the_wish_for_a_fresh_worker_outlives_its_result(outbox: Outbox, platform: FakePlatform) -> None:
+    platform.statuses = [413]
+    piece(outbox, 0)
+    end(outbox, stopPod=True)
+    assert json.loads(platform.posts[-1][2])["stopPod"] is True
+    platform.statuses = [413]
+    post(outbox, {"output": {"audio": "x"}, "stopPod": True}, job="job-2")
+    assert json.loads(platform.posts[-1][2])["stopPod"] is True
+
+
+def test_a_streams_end_that_the_platform_does_not_take_is_told_in_a_streams_form(
+    outbox: Outbox, platform: FakePlatform
+) -> None:
+    platform.statuses = [400]
+    assert end(outbox) == 200
+    told = json.loads(platform.posts[-1][2])
+    assert set(told) == {"error"} and json.loads(told["error"])["error_code"] == "result_too_large"
+
+
+def test_a_job_that_is_run_again_may_stream_although_its_stream_was_broken(
+    outbox: Outbox, platform: FakePlatform
+) -> None:
+    platform.statuses = [200, 413]
+    assert [piece(outbox, 0), piece(outbox, 1)] == [200, 413]  # and then it was stopped: it has no end
+    assert [piece(outbox, 0), piece(outbox, 1)] == [200, 200]
+    assert end(outbox) == 200
+    assert json.loads(platform.posts[-1][2]) == {"output": []}
+
+
+def test_a_stream_stays_broken_when_its_end_is_posted_twice(outbox: Outbox, platform: FakePlatform) -> None:
+    platform.statuses = [413]
+    piece(outbox, 0)
+    assert [end(outbox), end(outbox)] == [200, 200]
+    assert all("error" in json.loads(body) for _, _, body, _ in platform.posts[-2:])
+
+
+def test_no_more_than_so_many_jobs_are_remembered(platform: FakePlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.outbox._MAX_REMEMBERED", 3)
+    platform.statuses = [413] * 5
+    with Outbox(platform.environment) as outbox:
+        for number in range(5):
+            piece(outbox, 0, job=f"j{number}")
+        end(outbox, job="j0")
+        assert json.loads(platform.posts[-1][2]) == {"output": []}
+        end(outbox, job="j4")
+        assert "error" in json.loads(platform.posts[-1][2])
+
+
+def test_a_job_that_is_run_again_tells_its_progress_again(outbox: Outbox, platform: FakePlatform) -> None:
+    progress = {"status": "IN_PROGRESS", "output": {"chunks_done": 1}}
+    post(outbox, {"output": 1})
+    outbox.begin("job-1")
+    assert post(outbox, progress) == 200
+    assert json.loads(platform.posts[-1][2]) == progress
+    post(outbox, {"output": 2})
+    post(outbox, progress)
+    assert json.loads(platform.posts[-1][2]) == {"output": 2}
+
+
+def test_the_loop_says_when_a_job_begins(outbox: Outbox, platform: FakePlatform) -> None:
+    handler = loop._handler(BrokenWorker(JobError("internal", "broken")), None, outbox)
+    post(outbox, {"output": 1})
+    asyncio.run(handler({"id": "job-1", "input": {}}))
+    post(outbox, {"status": "IN_PROGRESS", "output": 2})
+    assert [json.loads(body)["output"] for _, _, body, _ in platform.posts] == [1, 2]
+
+
+def test_what_goes_wrong_in_the_relay_itself_is_told_to_the_log(
+    outbox: Outbox, platform: FakePlatform, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = outbox.environment["RUNPOD_WEBHOOK_POST_OUTPUT"].replace("$ID", "job-1")
+    with pytest.raises(httpx.HTTPError):
+        httpx.post(url, content=b"no json", timeout=30)
+    deadline = time.monotonic() + 20
+    while "a post was given up" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_posts_go_to_the_platform_whatever_proxies_the_environment_names(
+    platform: FakePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    with Outbox(platform.environment, patience_s=0.0) as outbox:
+        url = outbox.environment["RUNPOD_WEBHOOK_POST_OUTPUT"]
+        path = "/" + url.split("/", 3)[3]
+        assert outbox.forward(path, KEY, b'{"output": 1}') == 200
+    assert len(platform.posts) == 1
 
 
 def test_a_result_too_large_for_any_platform_is_answered_in_its_place(

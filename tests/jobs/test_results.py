@@ -32,7 +32,7 @@ from tests.voice_library.conftest import store as store
 from voice_library import LibraryError, S3Options
 from voice_library.folder_store import FolderStore
 from voice_library.s3_store import s3_client
-from voice_library.store import Store
+from voice_library.store import Entry, Store
 
 ROOT = Path(__file__).parents[2]
 KEY = {"idempotency_key": "order 7"}
@@ -490,6 +490,37 @@ def test_a_claim_that_is_renewed_is_never_taken_over(store: Store) -> None:
         clock.now_s += 44.0
     holder.close()
     other.close()
+
+
+class Faulty(FolderStore):
+    """Errs once with what no store should raise."""
+
+    error: Exception | None = None
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return super().list(prefix)
+
+
+def test_whatever_a_store_raises_claims_are_renewed_and_released_the_next_time(tmp_path: Path) -> None:
+    store = Faulty(tmp_path)
+    claims = claims_on(store, Clock())
+    assert claims.take("claims/a") and claims.take("claims/b")
+    renewer = claims._renewer
+    assert renewer is not None
+    versions = {entry.version for entry in store.list("claims/")}
+    store.error = RuntimeError("unforeseen")
+    while not versions.isdisjoint(entry.version for entry in FolderStore(tmp_path).list("claims/")):
+        assert renewer.is_alive()
+        time.sleep(0.005)
+    claims.close()
+    renewer.join(20)
+    store.error = RuntimeError("unforeseen")
+    claims.release("claims/a")
+    claims.release("claims/b")
+    assert [entry.key for entry in store.list("claims/")] == ["claims/a"]
 
 
 def test_a_claim_without_a_life_is_taken_over_when_it_was_seen_unchanged_for_long_enough(store: Store) -> None:
