@@ -32,6 +32,11 @@ def complain(text: str) -> None:
     err().print(text, markup=False, soft_wrap=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as 1 row, 2,000 rows."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def print_json(content: object) -> None:
     sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 

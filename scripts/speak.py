@@ -7,7 +7,8 @@
 
 This machine speaks, with the model that MODEL names (draft unless it is set); with --endpoint (or
 RUNPOD_ENDPOINT_ID) a deployed worker does, with the key in RUNPOD_API_KEY. The audio alone is on standard
-output, all else on standard error. What goes wrong is one line, and exit code 1.
+output, all else on standard error. What goes wrong is one line, and exit code 1. Ctrl-C leaves no file, but with
+--lines one of the lines that were spoken whole; exit code 130.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from scripts.batch.client import Client  # noqa: E402
 from scripts.batch.errors import EndpointError  # noqa: E402
 from scripts.batch.rates import LIMITS  # noqa: E402
 from scripts.console import complain  # noqa: E402
-from scripts.speaker.sinks import OneWav, Sink, SinkError, Speakers, StandardOutput, file_sink  # noqa: E402
+from scripts.speaker.reading import read_all, read_lines  # noqa: E402
+from scripts.speaker.sinks import OneWav, Sink, SinkError, Speakers, StandardOutput, file_sink, write  # noqa: E402
 from scripts.speaker.sources import Here, Source, SpeakingError, There  # noqa: E402
 
 API_URL = "https://api.runpod.ai/v2"
@@ -102,20 +104,24 @@ def main(
         asked = Asked(_text(text, file), lines, given, output, url)
         _check(asked)
         asyncio.run(_speak(asked))
-        if output not in (None, "-"):
-            complain(f"wrote {output}")
     except (UsageError, SettingsError, SinkError, SpeakingError, EndpointError, JobError) as error:
         code = f" ({error.code})" if isinstance(error, JobError) else ""
         complain(f"error: {error}{code}")
         raise typer.Exit(1) from error
     except BrokenPipeError:  # whoever listened has heard enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         raise typer.Exit(1) from None
     except OSError as error:
         complain(f"error: {error}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
+        _drop_output()
         raise typer.Exit(130) from None
+
+
+def _drop_output() -> None:
+    """What standard output still holds goes nowhere: at its end Python would complain that nobody takes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------ what was asked for
@@ -199,7 +205,7 @@ async def _say(text: str, asked: Asked, source: Source, sink: Sink) -> None:
     async with contextlib.aclosing(source.speak(_job(text, asked), result)) as pieces:  # type: ignore[type-var]
         async for data in pieces:
             if data:
-                await asyncio.to_thread(sink.write, data)
+                await write(sink, data)
     sink.end_file()
     for warning in result.get("warnings", ()):
         if not warning.startswith("idempotency_key"):  # which is ours, and for a lost answer only
@@ -217,7 +223,7 @@ def _sink(asked: Asked) -> Iterator[Sink]:
         out = StandardOutput()
         yield OneWav(out) if is_many_wavs else out
     else:
-        with file_sink(Path(asked.output)) as file:
+        with file_sink(Path(asked.output), keeps_whole=asked.lines) as file:
             yield OneWav(file) if is_many_wavs else file
 
 
@@ -226,8 +232,7 @@ async def _source(asked: Asked, stack: contextlib.AsyncExitStack) -> Source:
         key = os.environ.get("RUNPOD_API_KEY")
         if not key:
             raise UsageError("an endpoint needs its key in RUNPOD_API_KEY")
-        is_local = asked.endpoint.startswith(("http://127.0.0.1", "http://localhost"))
-        client = Client(asked.endpoint, key, LIMITS, is_local=is_local, on_trouble=_tell_trouble)
+        client = Client(asked.endpoint, key, LIMITS, on_trouble=_tell_trouble)
         return There(await stack.enter_async_context(client))
     worker = await asyncio.to_thread(Worker.load, _settings(), local=True)
     stack.callback(worker.close)
@@ -249,17 +254,17 @@ def _tell_trouble(operation: str, message: str) -> None:
 
 async def _texts(asked: Asked) -> AsyncIterator[str]:
     if not asked.lines:
-        yield (
-            _decoded(await asyncio.to_thread(sys.stdin.buffer.read), "standard input")
-            if asked.text is None
-            else asked.text
-        )
+        yield _decoded(await read_all(), "standard input") if asked.text is None else asked.text
         return
-    lines = iter(sys.stdin.buffer.readline, b"") if asked.text is None else iter(asked.text.encode().splitlines())
-    while (line := await asyncio.to_thread(next, lines, None)) is not None:
+    async for line in read_lines() if asked.text is None else _lines_of(asked.text):
         text = line.decode("utf-8", "replace").strip()
         if any(character.isalnum() for character in text):
             yield text
+
+
+async def _lines_of(text: str) -> AsyncIterator[bytes]:
+    for line in text.encode().splitlines():
+        yield line
 
 
 if __name__ == "__main__":

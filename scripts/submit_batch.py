@@ -13,14 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sqlite3
 import sys
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,32 +28,27 @@ if __name__ == "__main__":
 
 import typer  # noqa: E402
 
+from scripts.addresses import checked_key, checked_url  # noqa: E402
 from scripts.batch import costs  # noqa: E402
 from scripts.batch.board import Board, Style  # noqa: E402
-from scripts.batch.checking import Checked, Reading, Row, check_rows  # noqa: E402
+from scripts.batch.checking import Checked, Reading, Row, check_rows, is_webhook  # noqa: E402
 from scripts.batch.client import Client, Refused  # noqa: E402
 from scripts.batch.errors import BatchError, EndpointError  # noqa: E402
+from scripts.batch.interrupts import EXIT_CODE as INTERRUPTED  # noqa: E402
+from scripts.batch.interrupts import Interrupts, OnInterrupt, asked_about_jobs  # noqa: E402
 from scripts.batch.manifest import Changes, Manifest  # noqa: E402
 from scripts.batch.rates import limits_of  # noqa: E402
 from scripts.batch.report import Summary, write_results  # noqa: E402
 from scripts.batch.rows import Problem, read_rows  # noqa: E402
 from scripts.batch.runner import Policy, Runner  # noqa: E402
 from scripts.batch.voices import missing_voices  # noqa: E402
-from scripts.console import complain  # noqa: E402
+from scripts.console import complain, counted  # noqa: E402
 
 API_URL = "https://api.runpod.ai/v2"
-SOME_FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+SOME_FAILED, BAD_USAGE = 1, 2
 
 _SHOWN_KEYS = 5
 _SHOWN_PROBLEMS = 50
-
-
-class OnInterrupt(StrEnum):
-    """What becomes of the jobs that the platform has when a run is stopped."""
-
-    ASK = "ask"
-    CANCEL = "cancel"
-    LEAVE = "leave"
 
 
 @dataclass(frozen=True)
@@ -66,14 +59,12 @@ class Endpoint:
         name: what ids of jobs are worth something at.
         url: what stands before /run.
         key: to it.
-        is_local: whether it is on this machine, so behind no proxy.
         ends_with_us: whether it is gone after the run.
     """
 
     name: str
     url: str
     key: str | None
-    is_local: bool
     ends_with_us: bool = False
 
 
@@ -173,6 +164,8 @@ def main(
             part_chars=part_chars,
         )
         limits = limits_of(_pairs("--rate", rate))
+        if webhook is not None and not is_webhook(webhook):
+            raise BatchError("--webhook: expected an address with https:// or http://")
         rates = _rates(gpu, price_per_second, chars_per_second)
         checked = _checked(source, encoding, reading, tuple(only or ()))
         _tell_problems(checked.problems)
@@ -244,10 +237,13 @@ def _remote(endpoint: str | None, api_url: str) -> Endpoint:
         raise BatchError("which endpoint? say --endpoint ID (or RUNPOD_ENDPOINT_ID), or --local 2 for this machine")
     if not key:
         raise BatchError("RUNPOD_API_KEY is not set")
-    if api_url.startswith("http://") and "//127.0.0.1" not in api_url and "//localhost" not in api_url:
-        raise BatchError(f"--api-url {api_url}: over http the key could be read on its way; use https")
+    try:
+        checked_url(api_url)
+        key = checked_key(key)
+    except ValueError as error:
+        raise BatchError(str(error)) from None
     url = f"{api_url.rstrip('/')}/{endpoint}"
-    return Endpoint(url, url, key, api_url.startswith("http://"))
+    return Endpoint(url, url, key)
 
 
 def _tell_problems(problems: Sequence[Problem]) -> None:
@@ -276,7 +272,7 @@ def _tell_estimate(rows: Sequence[Row], rates: costs.Rates, board: Board) -> Non
     usd = rates.expected_usd(num_chars)
     cost = "" if usd is None else f", some {costs.as_usd(usd)} ({rates.chars_per_s:.0f} characters/s, {rates.source})"
     board.event("plan", rows=len(rows), jobs=len(parts), chars=num_chars, expected_audio_s=audio_s, expected_usd=usd)
-    jobs = f"{len(rows):,} rows" if len(rows) == len(parts) else f"{len(rows):,} rows, {len(parts):,} jobs"
+    jobs = counted(len(rows), "row") + ("" if len(rows) == len(parts) else f", {counted(len(parts), 'job')}")
     board.say(f"{jobs}, {num_chars:,} characters: about {costs.as_time(audio_s)} of audio{cost}; an estimate")
     for warning in dict.fromkeys(warning for row in rows for warning in row.warnings):
         board.say(f"warning: {warning}")
@@ -310,7 +306,7 @@ class _Batch:
 
                 platform = held.enter_context(local_endpoint(num_local, self.folder))
                 name = f"this machine, {uuid.uuid4()}"  # whose jobs are gone with it
-                where = Endpoint(name, platform.url, platform.api_key, is_local=True, ends_with_us=True)
+                where = Endpoint(name, platform.url, platform.api_key, ends_with_us=True)
             began_s = time.monotonic()
             try:
                 code = asyncio.run(self._run(manifest, where))
@@ -322,19 +318,20 @@ class _Batch:
             return self._finish(manifest, code, time.monotonic() - began_s)
 
     async def _run(self, manifest: Manifest, where: Endpoint) -> int:
-        async with Client(
-            where.url, where.key, self.limits, is_local=where.is_local, on_trouble=self.board.trouble
-        ) as client:
-            with _Interrupts() as interrupts:
+        async with Client(where.url, where.key, self.limits, on_trouble=self.board.trouble) as client:
+            with Interrupts() as interrupts:
                 preparing = asyncio.create_task(self._prepare(manifest, client, where))
                 if not await interrupts.ended_before(preparing):
+                    preparing.cancel()
                     return INTERRUPTED
                 runner = Runner(client, manifest, self.folder, self.checked.rows, self.policy, self.board)
                 running = asyncio.create_task(runner.run())
                 if await interrupts.ended_before(running):
                     return 0
+                self.board.close()
+                self.board.say("stopping; Ctrl-C again leaves at once")
                 await runner.stop(running)
-                await self._settle(runner, where)
+                await self._settle(runner, where, interrupts)
                 return INTERRUPTED
 
     async def _prepare(self, manifest: Manifest, client: Client, where: Endpoint) -> None:
@@ -358,25 +355,28 @@ class _Batch:
                 await client.cancel(job_id)
 
     def _tell_changes(self, changes: Changes) -> None:
-        told = {"changed since the last run, and are done anew": changes.changed}
-        told["are not in the input any more; their files stay"] = changes.gone
+        told = {"changed since the last run, to be done anew": changes.changed}
+        told["not in the input any more, files stay"] = changes.gone
         for what, keys in told.items():
             if keys:
                 more = ", …" if len(keys) > _SHOWN_KEYS else ""
-                self.board.say(f"{len(keys):,} rows {what}: {', '.join(keys[:_SHOWN_KEYS])}{more}")
+                self.board.say(f"{counted(len(keys), 'row')} {what}: {', '.join(keys[:_SHOWN_KEYS])}{more}")
         self.board.event("changes", new=len(changes.new), changed=changes.changed, gone=changes.gone)
 
-    async def _settle(self, runner: Runner, where: Endpoint) -> None:
+    async def _settle(self, runner: Runner, where: Endpoint, interrupts: Interrupts) -> None:
         """After an interrupt: cancel or leave what the platform has."""
-        self.board.close()
         if where.ends_with_us:
             return
         answer = self.on_interrupt
         if answer is OnInterrupt.ASK:
-            answer = await asyncio.to_thread(_ask_about_jobs)
-        if answer is OnInterrupt.CANCEL:
-            self.board.say("cancelling; Ctrl-C again leaves at once")
+            answer = await asked_about_jobs(interrupts)
+        if answer is not OnInterrupt.CANCEL:
+            return
+        self.board.say("cancelling; Ctrl-C again leaves at once")
+        try:
             self.board.say(f"{await runner.cancel_all():,} jobs cancelled")
+        except EndpointError as error:
+            complain(f"error: not all jobs could be cancelled: {error}")
 
     def _finish(self, manifest: Manifest, code: int, wall_s: float) -> int:
         summary = self._write_results(manifest, wall_s)
@@ -390,52 +390,6 @@ class _Batch:
 
     def _write_results(self, manifest: Manifest, wall_s: float) -> Summary:
         return write_results(manifest, self.folder, {row.key for row in self.checked.rows}, self.rates, wall_s)
-
-
-def _ask_about_jobs() -> OnInterrupt:
-    """What to do with the jobs that the platform has; where nobody can be asked they are left, to be collected."""
-    if not sys.stdin.isatty():
-        return OnInterrupt.LEAVE
-    cancels = typer.confirm("Cancel the jobs that the platform has? (Left, the next run collects them.)", err=True)
-    return OnInterrupt.CANCEL if cancels else OnInterrupt.LEAVE
-
-
-class _Interrupts:
-    """Ctrl-C and SIGTERM while it is entered: the first is awaited, the second ends the process at once."""
-
-    def __enter__(self) -> _Interrupts:
-        self._first = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._num = 0
-
-        def hear(*_: object) -> None:
-            self._num += 1
-            if self._num > 1:
-                os._exit(INTERRUPTED)  # the manifest is true at any moment
-            loop.call_soon_threadsafe(self._first.set)
-
-        for number in self._before:
-            signal.signal(number, hear)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    async def ended_before(self, task: asyncio.Task[None]) -> bool:
-        """Wait for a task; False when an interrupt came first.
-
-        Raises:
-            What the task raises.
-        """
-        waiting = asyncio.create_task(self._first.wait())
-        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        if task.done():
-            task.result()
-            return True
-        return False
 
 
 if __name__ == "__main__":

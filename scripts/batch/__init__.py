@@ -13,5 +13,6 @@ goes on. What may have been taken without an answer is sent again under the same
     client.py     the platform's HTTP, with patience       outcomes.py   what a job's end means
     runner.py     jobs in flight                           joining.py    parts → one book
     costs.py      characters → seconds → dollars           report.py     results.jsonl and the summary
-    board.py      progress for people, events for programs local.py      workers on this machine
+    board.py      progress for people, events for programs interrupts.py Ctrl-C, and what becomes of jobs
+    local.py      workers on this machine
 """

@@ -280,7 +280,8 @@ def is_webhook(value: object) -> bool:
         parts = urlsplit(value) if isinstance(value, str) else None
     except ValueError:
         return False
-    return parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
+    is_address = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
+    return is_address and not any(map(str.isspace, str(value)))
 
 
 def _texts_of(request: AudioInput) -> list[str]:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from scripts.addresses import checked_key, checked_url, is_this_machine
 from scripts.batch import files
 from scripts.batch.errors import EndpointError
 from scripts.batch.rates import Bucket
@@ -68,7 +68,6 @@ class Client:
         api_key: None for none.
         rates: requests within ten seconds, by operation.
         patience_s: for how long what may pass is waited out.
-        is_local: whether the endpoint is on this machine, so behind no proxy.
         on_trouble: told of what is waited out, with the operation.
 
     Raises:
@@ -85,15 +84,18 @@ class Client:
         rates: Mapping[str, int],
         *,
         patience_s: float = PATIENCE_S,
-        is_local: bool = False,
         on_trouble: Callable[[str, str], None] = lambda _operation, _message: None,
     ) -> None:
-        self._url = _checked_url(url).rstrip("/")
+        try:
+            self._url = checked_url(url).rstrip("/")
+            key = None if api_key is None else checked_key(api_key)
+        except ValueError as error:
+            raise EndpointError(str(error)) from None
         self._buckets = {name: Bucket(most) for name, most in rates.items()}
         self._patience_s, self._on_trouble = patience_s, on_trouble
         limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS)
-        headers = {} if api_key is None else {"Authorization": f"Bearer {_checked_key(api_key)}"}
-        options: dict[str, Any] = {"timeout": _TIMEOUT, "limits": limits, "trust_env": not is_local}
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        options: dict[str, Any] = {"timeout": _TIMEOUT, "limits": limits, "trust_env": not is_this_machine(url)}
         self._http = httpx.AsyncClient(headers=headers, **options)
         # Of addresses that results name: without our key.
         self._downloads = httpx.AsyncClient(follow_redirects=True, max_redirects=_MAX_REDIRECTS, **options)
@@ -236,21 +238,6 @@ class Client:
         except httpx.InvalidURL as error:
             raise Refused(400, "its address is none") from error
         return num_bytes
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-    if parts.scheme == "https" or (parts.scheme == "http" and is_local):
-        return url
-    raise EndpointError("expected an address with https://; over http the key is sent to this machine only")
-
-
-def _checked_key(key: str) -> str:
-    key = key.strip()
-    if not (key.isascii() and key.isprintable() and key):
-        raise EndpointError("the key holds characters that no key has")
-    return key
 
 
 def _retry_after_s(response: httpx.Response) -> float:

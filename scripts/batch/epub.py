@@ -6,11 +6,14 @@ in it is followed, and what cannot be read is an error that says so.
 
 from __future__ import annotations
 
+import codecs
 import html.entities
 import posixpath
 import re
+import struct
 import urllib.parse
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +27,33 @@ MAX_TOTAL_BYTES = 256_000_000
 _CONTAINER = "META-INF/container.xml"
 _ENCRYPTION = "META-INF/encryption.xml"
 _FONT_OBFUSCATION = ("http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC")
-_DOCUMENTS = ("application/xhtml+xml", "text/html")
+_DOCUMENTS = ("application/xhtml+xml", "text/html", "text/x-oeb1-document")
+_DOCUMENT_SUFFIXES = (".xhtml", ".html", ".htm")
+_SILENT = ("image/", "audio/", "video/", "font/", "text/css")
 _TOC_LEVELS = 2
 """Parts and chapters; what lies deeper is no chapter of its own."""
 
-_ENTITY = re.compile(rb"&([A-Za-z][A-Za-z0-9]{1,31});")
-_XML_ENTITIES = (b"amp", b"lt", b"gt", b"quot", b"apos")
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Those of the standard (EPUB 3.3, OCF ZIP container)."""
+_DAMAGED = (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
+"""What zipfile raises for bytes that are no ZIP."""
+_SHOWN_CHARS = 200
+
+_BEGINNINGS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (b"<\0", "utf-16-le"),
+    (b"\0<", "utf-16-be"),
+)
+_DECLARED = re.compile(
+    rb"""\A\s*<\?xml\s[^>]*?\bencoding\s*=\s*["']([\w.:-]+)|<meta\s[^>]*?\bcharset\s*=\s*["']?\s*([\w.:-]+)""", re.I
+)
+_CODEC = re.compile(r"utf-8|iso8859-\d+|cp125\d|koi8-[ru]|shift_jis|euc_jp|iso2022_jp|euc_kr|big5|gb(k|2312|18030)")
+"""Python has others, which are no encodings of text, or slow."""
+
+_ENTITY = re.compile(r"&([A-Za-z][A-Za-z0-9]{1,31});")
+_XML_ENTITIES = ("amp", "lt", "gt", "quot", "apos")
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _BLOCKS = frozenset(
     ("address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt")
@@ -76,13 +100,14 @@ def read_epub(path: Path) -> Book:
     """Read a book.
 
     Raises:
-        EpubError: for what is no EPUB, is encrypted, too large, or has no text.
+        EpubError: for what is no EPUB, is damaged, encrypted or too large, lacks a document, or has no text.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _Reader(archive).book()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise EpubError(f"not a readable EPUB: {error}") from error
+        archive = zipfile.ZipFile(path)
+    except _DAMAGED as error:
+        raise EpubError(f"not a readable EPUB: {_shown(str(error))}") from error
+    with archive:
+        return _Reader(archive).book()
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,19 @@ class _Item:
     path: str
     media_type: str
     properties: frozenset[str]
+
+    @property
+    def is_document(self) -> bool:
+        """Whether there is something to say in it.
+
+        Raises:
+            EpubError: for what cannot be known.
+        """
+        if self.media_type in _DOCUMENTS or self.path.lower().endswith(_DOCUMENT_SUFFIXES):
+            return True
+        if self.media_type.startswith(_SILENT):
+            return False
+        raise EpubError(f"{_shown(self.path)} is no document that could be spoken ({_shown(self.media_type)})")
 
 
 @dataclass
@@ -124,10 +162,11 @@ class _Reader:
         self._refuse_encrypted()
         package_path = self._package_path()
         package = self._xml(package_path)
-        items = self._items(package, posixpath.dirname(package_path))
+        items = self._items(package, package_path)
         marks = self._marks(package, items)
-        drafts = self._drafts([*self._spine(package, items)], marks)
-        chapters = tuple(chapter for chapter in (draft.finished() for draft in drafts) if chapter.text.strip())
+        documents = [*dict.fromkeys(self._spine(package, items))]  # none twice (EPUB 3.3, itemref)
+        drafts = self._drafts(documents, marks)
+        chapters = tuple(draft.finished() for draft in drafts if draft.blocks or draft.heading is not None)
         if not chapters:
             raise EpubError("holds no text")
         return Book(_meta(package, "title"), _meta(package, "creator"), _meta(package, "language"), chapters)
@@ -145,25 +184,31 @@ class _Reader:
         paths = self._xml(_CONTAINER).xpath("//*[local-name()='rootfile']/@full-path")
         if not paths:
             raise EpubError(f"{_CONTAINER} names no package")
-        return str(paths[0])
+        return _normal(str(paths[0]))
 
     @staticmethod
-    def _items(package: etree._Element, folder: str) -> dict[str, _Item]:
+    def _items(package: etree._Element, package_path: str) -> dict[str, _Item]:
         items = {}
         for each in package.xpath("//*[local-name()='manifest']/*[local-name()='item'][@id and @href]"):
-            path = _resolved(folder, each.get("href"))[0]
-            properties = frozenset((each.get("properties") or "").split())
-            items[each.get("id")] = _Item(path, each.get("media-type") or "", properties)
+            path = _resolved(package_path, each.get("href"))[0]
+            media_type = (each.get("media-type") or "").partition(";")[0].strip().lower()
+            items[each.get("id")] = _Item(path, media_type, frozenset((each.get("properties") or "").split()))
         return items
 
     @staticmethod
     def _spine(package: etree._Element, items: Mapping[str, _Item]) -> Iterator[str]:
-        """Paths of the documents that are read, in order."""
+        """Paths of the documents that are read, in order.
+
+        Raises:
+            EpubError: for one that is not listed: a book is not read without some chapter of it.
+        """
         for each in package.xpath("//*[local-name()='spine']/*[local-name()='itemref'][@idref]"):
-            item = items.get(each.get("idref"))
-            if item is None or each.get("linear") == "no" or item.media_type not in _DOCUMENTS:
+            if each.get("linear") == "no":
                 continue
-            if "nav" not in item.properties:
+            item = items.get(each.get("idref"))
+            if item is None:
+                raise EpubError(f"a document is missing: the manifest has no {_shown(each.get('idref'))!r}")
+            if "nav" not in item.properties and item.is_document:
                 yield item.path
 
     def _marks(self, package: etree._Element, items: Mapping[str, _Item]) -> dict[str, dict[str, str]]:
@@ -171,7 +216,8 @@ class _Reader:
         spine = package.xpath("//*[local-name()='spine']/@toc")
         for item in items.values():
             if "nav" in item.properties and item.path in self._names:
-                return _nav_marks(self._document(item.path), item.path)
+                nav = self._document(item.path)
+                return {} if nav is None else _nav_marks(nav, item.path)
         named = [items[each] for each in spine if each in items]
         ncx = [*named, *(item for item in items.values() if item.media_type == "application/x-dtbncx+xml")]
         for item in ncx:
@@ -188,52 +234,119 @@ class _Reader:
             here = marks.get(document, {})
             if "" in here or not drafts or not (is_named and drafts[-1].title):
                 drafts.append(_Draft(here.get("")))  # otherwise it continues the chapter before
-            body = self._document(document).find(".//{*}body")
-            if body is not None:
-                _Speech(here, drafts).read(body)
+            root = self._document(document)
+            if root is not None:
+                _Speech(here, drafts).read(root)
         return drafts
 
-    def _document(self, path: str) -> etree._Element:
-        """A document, valid or not."""
-        data = self._data(path)
+    def _document(self, path: str) -> etree._Element | None:
+        """A document, valid or not; None for an empty one."""
+        text = self._text(path)
         try:
-            return _parsed(_ENTITY.sub(_entity, data))
-        except etree.XMLSyntaxError:
-            encoding = None if re.search(rb"charset|encoding", data[:1024]) else "utf-8"
-            tree = etree.fromstring(data, etree.HTMLParser(no_network=True, encoding=encoding))
-            if tree is None:
-                raise EpubError(f"{path} cannot be read") from None
-            return tree
+            return _parsed(text)
+        except etree.LxmlError:
+            try:
+                return _parsed_leniently(text)
+            except etree.LxmlError as error:
+                raise _unreadable(path, error) from error
 
     def _xml(self, path: str) -> etree._Element:
         try:
-            return _parsed(_ENTITY.sub(_entity, self._data(path)))
-        except etree.XMLSyntaxError as error:
-            raise EpubError(f"{path} cannot be read: {error}") from error
+            return _parsed(self._text(path))
+        except etree.LxmlError as error:
+            raise _unreadable(path, error) from error
+
+    def _text(self, path: str) -> str:
+        return _decoded(self._data(path))
 
     def _data(self, path: str) -> bytes:
         info = self._names.get(path)
         if info is None:
-            raise EpubError(f"{path} is missing")
-        with self._archive.open(info) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            raise EpubError(f"{_shown(path)} is missing")
+        if info.compress_type not in _COMPRESSIONS:
+            raise EpubError(f"{_shown(path)} is compressed as nothing in an EPUB may be")
+        try:
+            with self._archive.open(info) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        except _DAMAGED as error:
+            raise EpubError(f"{_shown(path)} is damaged: {_shown(str(error))}") from error
         self._num_bytes += len(data)
         if len(data) > MAX_FILE_BYTES or self._num_bytes > MAX_TOTAL_BYTES:
-            raise EpubError(f"{path} is too large for a chapter")
+            raise EpubError(f"{_shown(path)} is too large for a chapter")
         return data
 
 
-def _parsed(data: bytes) -> etree._Element:
-    """Strictly, and nothing beyond the data is looked at."""
-    parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True)
-    return etree.fromstring(data, parser)
+def _shown(text: str) -> str:
+    """What a book says, for a message: nothing in it is taken for a command by a terminal, and it is not long."""
+    text = "".join(char if char.isprintable() else "�" for char in text[: _SHOWN_CHARS + 1])
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
 
 
-def _entity(match: re.Match[bytes]) -> bytes:
+def _unreadable(path: str, error: etree.LxmlError) -> EpubError:
+    return EpubError(f"{_shown(path)} cannot be read: {_shown(getattr(error, 'msg', None) or str(error))}")
+
+
+def _decoded(data: bytes) -> str:
+    """A document's text: as it begins, else as it declares, else UTF-8, else what old editors wrote."""
+    encoding = next((encoding for begin, encoding in _BEGINNINGS if data.startswith(begin)), None) or _declared(data)
+    if encoding is not None:
+        return data.decode(encoding, "replace").removeprefix("\ufeff")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+def _declared(data: bytes) -> str | None:
+    """The encoding that a document names, if it is one."""
+    found = _DECLARED.search(data[:1024])
+    if found is None:
+        return None
+    try:
+        name = codecs.lookup((found[1] or found[2]).decode("ascii", "replace")).name
+    except LookupError:
+        return None
+    if name in ("ascii", "iso8859-1"):
+        return "cp1252"  # as browsers do: what else it has are quotation marks and dashes (WHATWG, Encoding)
+    return name if _CODEC.fullmatch(name) else None
+
+
+def _parsed(text: str) -> etree._Element:
+    """Strictly, and nothing beyond the text is looked at.
+
+    Raises:
+        etree.LxmlError: it is no XML.
+    """
+    parser = etree.XMLParser(
+        encoding="utf-8",
+        resolve_entities=False,
+        no_network=True,
+        load_dtd=False,
+        remove_comments=True,
+        remove_pis=True,
+    )
+    return etree.fromstring(_ENTITY.sub(_entity, text).encode(), parser)
+
+
+def _parsed_leniently(text: str) -> etree._Element | None:
+    """As HTML; None where there is nothing in it.
+
+    Raises:
+        etree.LxmlError: it was not read to its end.
+    """
+    if not text.strip():
+        return None
+    parser = etree.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, no_network=True, huge_tree=True)
+    root = etree.fromstring(text.encode(), parser)
+    for entry in parser.error_log.filter_from_fatals():
+        raise etree.LxmlError(entry.message)
+    return root
+
+
+def _entity(match: re.Match[str]) -> str:
     """A name that HTML knows and XML does not, as a number."""
-    name = match[1]
-    code = html.entities.name2codepoint.get(name.decode("ascii"))
-    return match[0] if name in _XML_ENTITIES or code is None else b"&#%d;" % code
+    code = html.entities.name2codepoint.get(match[1])
+    return match[0] if match[1] in _XML_ENTITIES or code is None else f"&#{code};"
 
 
 def _meta(package: etree._Element, name: str) -> str | None:
@@ -242,10 +355,21 @@ def _meta(package: etree._Element, name: str) -> str | None:
     return text or None
 
 
-def _resolved(folder: str, href: str) -> tuple[str, str]:
-    """A file of the archive, and an id in it."""
-    path, _, fragment = href.partition("#")
-    return posixpath.normpath(posixpath.join(folder, urllib.parse.unquote(path))), urllib.parse.unquote(fragment)
+def _normal(path: str) -> str:
+    """A path as the archive's directory has it; none leads out of the archive."""
+    return posixpath.normpath(posixpath.join("/", path)).lstrip("/")
+
+
+def _resolved(base: str, href: str) -> tuple[str, str]:
+    """A file of the archive, and an id in it ("" for none).
+
+    Args:
+        base: the file that refers to it.
+        href: a relative URL.
+    """
+    path, _, fragment = href.strip().partition("#")
+    target = posixpath.join("/", posixpath.dirname(base), urllib.parse.unquote(path)) if path else base
+    return _normal(target), urllib.parse.unquote(fragment)
 
 
 def _nav_marks(nav: etree._Element, path: str) -> dict[str, dict[str, str]]:
@@ -272,7 +396,7 @@ def _ncx_marks(ncx: etree._Element, path: str) -> dict[str, dict[str, str]]:
 def _marks_of(entries: list[tuple[str, str]], path: str) -> dict[str, dict[str, str]]:
     marks: dict[str, dict[str, str]] = {}
     for href, label in entries:
-        document, fragment = _resolved(posixpath.dirname(path), href)
+        document, fragment = _resolved(path, href)
         marks.setdefault(document, {}).setdefault(fragment, " ".join(label.split()))
     return marks
 
@@ -289,15 +413,15 @@ class _Speech:
         self._marks, self._drafts = marks, drafts
         self._words: list[str] = []
 
-    def read(self, body: etree._Element) -> None:
-        self._read(body)
+    def read(self, root: etree._Element) -> None:
+        self._read(root)
         self._end_block()
 
     def _read(self, top: etree._Element) -> None:
         """All below an element. Without recursion: a book may be nested as deeply as it likes."""
         walk = etree.iterwalk(top, events=("start", "end"))
         for event, element in walk:
-            tag = etree.QName(element).localname.lower() if isinstance(element.tag, str) else ""
+            tag = _local_name(element)
             is_unsaid = not tag or _is_unsaid(element, tag)
             if event == "start" and is_unsaid:
                 walk.skip_subtree()
@@ -330,6 +454,11 @@ class _Speech:
 
 def _alike(one: str, other: str) -> bool:
     return one.casefold().split() == other.casefold().split()
+
+
+def _local_name(element: etree._Element) -> str:
+    """Without its namespace; "" for what is no element. etree.QName would refuse names that HTML has, such as o:p."""
+    return element.tag.rpartition("}")[2].lower() if isinstance(element.tag, str) else ""
 
 
 def _is_unsaid(element: etree._Element, tag: str) -> bool:

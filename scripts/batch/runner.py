@@ -103,18 +103,17 @@ class Runner:
         await asyncio.wait([running])
 
     async def cancel_all(self) -> int:
-        """Cancel what the platform still has; how many those were."""
+        """Cancel what the platform still has; how many those were. What has ended meanwhile is left to be collected."""
         sent = [task for key in self._rows for task in self._manifest.tasks(key) if task.state == SENT]
+        num_cancelled = 0
         for task in sent:
             assert task.job_id is not None, task
-            await self.cancel(task.job_id)
-            self._manifest.note_waiting(task)
-        return len(sent)
-
-    async def cancel(self, job_id: str) -> None:
-        """Cancel a job, if there is one."""
-        with contextlib.suppress(Refused):
-            await self._client.cancel(job_id)
+            with contextlib.suppress(Refused):
+                await self._client.cancel(task.job_id)
+                if (await self._client.status(task.job_id)).get("status") == "CANCELLED":
+                    self._manifest.note_waiting(task)
+                    num_cancelled += 1
+        return num_cancelled
 
     async def _work(self) -> None:
         while self._queue and not self._stopping.is_set():

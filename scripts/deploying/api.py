@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import httpx
 import tenacity
 
+from scripts.addresses import checked_key, checked_url, is_this_machine
 from scripts.deploying.files import DeployError
 
 API_URL = "https://api.runpod.io/v2"
@@ -49,19 +49,21 @@ class Api:
         url: of the API, without a slash at the end.
         key: RUNPOD_API_KEY.
         wait_s: before something is tried again, the first time; twice as long each further time.
+
+    Raises:
+        DeployError: for an address that would show the key on its way, and a key that is none.
     """
 
     def __init__(self, url: str, key: str, wait_s: float = 1.0) -> None:
-        parts = urlsplit(url)
-        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        if parts.scheme != "https" and not (parts.scheme == "http" and is_local):
-            raise DeployError("--api-url: expected https://…; over http a key is sent to this machine only")
+        base_url = _checked("--api-url", checked_url, url).rstrip("/")
+        key = _checked("RUNPOD_API_KEY", checked_key, key)
         self._wait_s = wait_s
         self._client = httpx.Client(
-            base_url=url.rstrip("/"),
+            base_url=base_url,
             headers={"Authorization": f"Bearer {key}"},
             timeout=TIMEOUT_S,
             follow_redirects=False,  # the key is for this host
+            trust_env=not is_this_machine(url),  # no proxy stands before it, and none is shown the key
         )
 
     def __enter__(self) -> Self:
@@ -186,6 +188,13 @@ class Api:
             told = [content.get("detail") or content.get("title"), *(content.get("errors") or [])]
             words += [str(each) for each in told if each]
         return ": ".join(words)
+
+
+def _checked(name: str, check: Callable[[str], str], value: str) -> str:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise DeployError(f"{name}: {error}") from None
 
 
 def _asked_to_wait(answer: httpx.Response) -> float | None:

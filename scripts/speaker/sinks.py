@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from scripts.batch import files
-
-_WAV_FORMAT, _WAV_DATA = b"fmt ", b"data"
-_STREAMED_HEADER_BYTES, _UNKNOWN_SIZE = 44, b"\xff\xff\xff\xff"  # as `engine.audio.encoding` streams it
+from scripts.console import complain
+from scripts.wav import WavError, WavReader, finish_sizes, streamed_header
 
 
 class SinkError(Exception):
@@ -29,51 +28,57 @@ class Sink(Protocol):
         """What comes now is another file."""
 
 
-class WavReader:
-    """The samples of a wav that comes in pieces, whatever it says of its own size.
+async def write(sink: Sink, data: bytes) -> None:
+    """Write in a thread. Whoever is cancelled waits for its end too: no sink may be closed while it is written to.
+
+    Raises:
+        SinkError, OSError: the sink's own.
+    """
+    writing = asyncio.ensure_future(asyncio.to_thread(sink.write, data))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        with contextlib.suppress(SinkError, OSError):
+            await writing
+        raise
+
+
+class _Samples:
+    """The samples of wav files that follow each other.
 
     Attributes:
-        sample_rate, num_channels: known once the first samples are given out.
+        shape: sample rate in Hz and number of channels of all of them, None before the first samples.
     """
 
     def __init__(self) -> None:
-        self.sample_rate = self.num_channels = 0
-        self._header = bytearray()
-        self._is_inside = False
+        self.shape: tuple[int, int] | None = None
+        self._reader = WavReader()
 
     def push(self, data: bytes) -> bytes:
-        """Take the file's next bytes; gives those of them that are samples, 16 bits each.
+        """Take the next bytes of a file; gives those of them that are samples.
 
         Raises:
-            SinkError: it is no wav of 16-bit samples.
+            SinkError: it is no wav of 16-bit samples, or of another shape than the files before it.
         """
-        if self._is_inside:
-            return data
-        self._header += data
-        start = self._find_samples()
-        if start is None:
-            return b""
-        self._is_inside = True
-        return bytes(self._header[start:])
+        try:
+            samples = self._reader.push(data)
+        except WavError as error:
+            raise SinkError(str(error)) from error
+        if self._reader.sample_rate:
+            self._check((self._reader.sample_rate, self._reader.num_channels))
+        return samples
 
-    def _find_samples(self) -> int | None:
-        header, place = self._header, 12
-        if len(header) >= 12 and (bytes(header[:4]), bytes(header[8:12])) != (b"RIFF", b"WAVE"):
-            raise SinkError("the audio is no wav")
-        while len(header) >= place + 8:
-            name, size = bytes(header[place : place + 4]), int.from_bytes(header[place + 4 : place + 8], "little")
-            if name == _WAV_DATA:
-                return place + 8
-            if name == _WAV_FORMAT and len(header) >= place + 24:
-                self._take_format(header[place + 8 : place + 24])
-            place += 8 + size + size % 2
-        return None
+    def end_file(self) -> None:
+        self._reader = WavReader()
 
-    def _take_format(self, chunk: bytearray) -> None:
-        kind, self.num_channels = (int.from_bytes(chunk[i : i + 2], "little") for i in (0, 2))
-        self.sample_rate = int.from_bytes(chunk[4:8], "little")
-        if (kind, int.from_bytes(chunk[14:16], "little")) != (1, 16):
-            raise SinkError("the audio is no wav of 16-bit samples")
+    def _check(self, shape: tuple[int, int]) -> None:
+        self.shape = self.shape or shape
+        if shape != self.shape:
+            (before_hz, num_before), (rate_hz, num_channels) = self.shape, shape
+            raise SinkError(
+                f"the audio has {rate_hz} Hz and {num_channels} channels, what came before it {before_hz} Hz and "
+                f"{num_before}; they cannot be one"
+            )
 
 
 class Speakers:
@@ -86,15 +91,15 @@ class Speakers:
             raise SinkError("playing needs `pip install sounddevice`; --output FILE writes a file instead") from error
         self._library: Any = sounddevice
         self._stream: Any = None
-        self._reader = WavReader()
+        self._samples = _Samples()
 
     def write(self, data: bytes) -> None:
-        samples = self._reader.push(data)
-        if not samples:
+        samples = self._samples.push(data)
+        if not samples or self._samples.shape is None:
             return
         try:
             if self._stream is None:
-                rate, channels = self._reader.sample_rate, self._reader.num_channels
+                rate, channels = self._samples.shape
                 self._stream = self._library.RawOutputStream(samplerate=rate, channels=channels, dtype="int16")
                 self._stream.start()
             self._stream.write(samples)
@@ -102,7 +107,7 @@ class Speakers:
             raise SinkError(f"the speakers cannot be used: {error}; --output FILE writes a file instead") from error
 
     def end_file(self) -> None:
-        self._reader = WavReader()
+        self._samples.end_file()
 
     def close(self) -> None:
         """Play to the end."""
@@ -128,7 +133,7 @@ class StandardOutput:
 
 
 class OneWav:
-    """Wav files as one: the header of the first, the samples of all. Before another sink.
+    """Wav files as one: a header of its own, which knows no length, and the samples of all. Before another sink.
 
     Args:
         sink: takes the one.
@@ -136,48 +141,78 @@ class OneWav:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._reader: WavReader | None = None
+        self._samples = _Samples()
 
     def write(self, data: bytes) -> None:
-        self._sink.write(data if self._reader is None else self._reader.push(data))
+        """The next bytes.
+
+        Raises:
+            SinkError: the files cannot be one.
+        """
+        is_begun = self._samples.shape is not None
+        samples = self._samples.push(data)
+        if self._samples.shape is not None:
+            self._sink.write(samples if is_begun else streamed_header(*self._samples.shape) + samples)
 
     def end_file(self) -> None:
-        self._reader = WavReader()
+        self._samples.end_file()
+        self._sink.end_file()
 
 
 class _File:
-    """Args: file: open for writing."""
+    """Several files one after the other in one.
+
+    Args:
+        file: open for reading and writing, and empty.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._header = b""
+        self._num_bytes = self._num_whole_bytes = 0
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether a file that has ended is in it."""
+        return self._num_whole_bytes > 0
 
     def write(self, data: bytes) -> None:
-        self._header += data[: _STREAMED_HEADER_BYTES - len(self._header)]
         self._file.write(data)
+        self._num_bytes += len(data)
 
     def end_file(self) -> None:
-        """As of standard output."""
+        self._num_whole_bytes = self._num_bytes
+
+    def cut(self) -> None:
+        """Drop what came of a file that has not ended."""
+        self._file.truncate(self._num_whole_bytes)
 
     def finish(self) -> None:
         """A wav that was streamed was begun before its length was known; tell it now."""
-        if self._header[36:44] != _WAV_DATA + _UNKNOWN_SIZE:
-            return
-        num_bytes = self._file.seek(0, os.SEEK_END)
-        for place in (4, 40):
-            self._file.seek(place)
-            self._file.write(min(num_bytes - place - 4, 2**32 - 1).to_bytes(4, "little"))
+        finish_sizes(self._file)
 
 
 @contextlib.contextmanager
-def file_sink(path: Path) -> Iterator[Sink]:
-    """A file that takes its name when it is whole.
+def file_sink(path: Path, *, keeps_whole: bool = False) -> Iterator[Sink]:
+    """A file that takes its name when it is whole, and says so.
+
+    Args:
+        keeps_whole: whether one that is given up takes its name too, with those files in it that have ended.
 
     Raises:
         OSError: it cannot be written.
     """
+    stopped: BaseException | None = None
     with files.writing(path) as file:
         sink = _File(file)
-        yield sink
+        try:
+            yield sink
+        except BaseException as error:
+            if not (keeps_whole and sink.has_whole):
+                raise
+            stopped = error
+            sink.cut()
         sink.finish()
     files.finish(path)
+    complain(f"wrote {path}" if stopped is None else f"wrote {path}, up to the last line that was spoken whole")
+    if stopped is not None:
+        raise stopped

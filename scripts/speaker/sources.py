@@ -19,6 +19,7 @@ from scripts.batch.files import temporary
 
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 _PAUSE_S = 0.2
+_CANCEL_S = 10.0  # who wants to end does not wait for an endpoint that is away
 _MAX_DOWNLOAD_BYTES = 4 << 30
 _BLOCK_BYTES = 1 << 20
 
@@ -85,7 +86,8 @@ class There:
                 async for data in self._answer(job_id, result):
                     yield data
             except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):
-                await asyncio.shield(self._client.cancel(job_id))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._client.cancel(job_id), _CANCEL_S)
                 raise
         except Refused as error:
             raise SpeakingError(str(error)) from error

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
+import random
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from scripts.batch import names
 from scripts.batch.books import parts_of, split_evenly
 from scripts.batch.checking import typed
-from scripts.batch.epub import Chapter, EpubError, read_epub
+from scripts.batch.epub import Book, Chapter, EpubError, read_epub
 from scripts.batch.joining import join_subtitles
 from scripts.batch.outcomes import Pieces, outcome_of
 from scripts.batch.rates import WINDOW_S, Bucket
@@ -100,6 +103,205 @@ def test_what_is_no_book_says_so(tmp_path: Path) -> None:
         archive.writestr("a", "b")
     with pytest.raises(EpubError, match=r"container\.xml is missing"):
         read_epub(path)
+
+
+PAGE = page("<h2>One</h2><p>Caf&eacute;: a word&#160;or two.</p><p>And <b>more</b>, said &amp; done.</p>")
+
+
+def members_of(book: Path | io.BytesIO) -> dict[str, bytes]:
+    with zipfile.ZipFile(book) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_members(
+    book: Path | io.BytesIO, members: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED
+) -> None:
+    with zipfile.ZipFile(book, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.fixture(scope="module")
+def good_book(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    links = "<li><a href='a.xhtml'>One</a></li><li><a href='b.xhtml'>Two</a></li>"
+    path = tmp_path_factory.mktemp("good") / "b.epub"
+    return write_pages(path, {"a.xhtml": PAGE, "b.xhtml": PAGE * 4}, nav=NAV.format(links=links)).read_bytes()
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """Bytes flipped, cut off, cut out, or put in."""
+    place = draw.randrange(len(data))
+    length = draw.choice((1, 4, 30))
+    noise = draw.choice((draw.randbytes(length), bytes(length), b"<" * length, b"&x;", b"\xff\xfe", b"</p>"))
+    return draw.choice(
+        (
+            data[:place] + noise + data[place + len(noise) :],
+            data[:place],
+            data[:place] + data[place + length :],
+            data[:place] + noise + data[place:],
+        )
+    )
+
+
+def damaged_members(book: bytes, draw: random.Random) -> bytes:
+    """Some files of a book are damaged, have each other's content, or are gone; the archive itself is in order."""
+    members = members_of(io.BytesIO(book))
+    for name in draw.sample(list(members), draw.randint(1, 2)):
+        kind = draw.randrange(8)
+        if kind == 0:
+            other = draw.choice(list(members))
+            members[name], members[other] = members[other], members[name]
+        elif kind == 1:
+            members[name] = members[name].decode("utf-8", "replace").encode(draw.choice(("utf-16", "cp500", "utf-32")))
+        elif kind > 2 or len(members) < 3:
+            members[name] = damaged(members[name], draw)
+        else:
+            del members[name]
+    file = io.BytesIO()
+    write_members(file, members)
+    return file.getvalue()
+
+
+def damaged_books(book: bytes) -> Iterator[bytes]:
+    draw = random.Random(7)
+    for _ in range(400):
+        yield damaged(book, draw)
+        yield damaged_members(book, draw)
+
+
+def test_a_damaged_book_is_read_or_an_error(tmp_path: Path, good_book: bytes) -> None:
+    path = tmp_path / "b.epub"
+    num_read, messages = 0, set()
+    for data in damaged_books(good_book):
+        path.write_bytes(data)
+        try:
+            book = read_epub(path)
+        except EpubError as error:
+            messages.add(str(error))
+        else:
+            assert isinstance(book, Book) and book.chapters
+            num_read += 1
+    assert 50 < num_read < 750, "some are harmless, and some are not"
+    assert all(message.isprintable() and len(message) < 500 for message in messages)
+    assert any("damaged" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("compression", "words"), [(zipfile.ZIP_DEFLATED, "damaged"), (zipfile.ZIP_STORED, "damaged: Bad CRC-32")]
+)
+def test_a_chapter_whose_bytes_are_broken_is_told(tmp_path: Path, compression: int, words: str) -> None:
+    path = write_pages(tmp_path / "b.epub", {"a.xhtml": PAGE})
+    write_members(path, members_of(path), compression)
+    with zipfile.ZipFile(path) as archive:
+        begin = archive.getinfo("OEBPS/a.xhtml").header_offset + 30 + len("OEBPS/a.xhtml")
+    data = bytearray(path.read_bytes())
+    data[begin : begin + 4] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    with pytest.raises(EpubError, match=rf"^OEBPS/a\.xhtml is {words}"):
+        read_epub(path)
+
+
+def test_an_empty_document_says_nothing_and_the_rest_is_read(tmp_path: Path) -> None:
+    empty = {
+        "a.xhtml": "",
+        "b.xhtml": " \n",
+        "c.xhtml": "<!-- no -->",
+        "d.xhtml": '<?xml version="1.0"?><!DOCTYPE html>',
+    }
+    book = read_epub(write_pages(tmp_path / "b.epub", {**empty, "e.xhtml": page("<p>Said.</p>")}))
+    assert book.chapters == (Chapter(None, "Said."),)
+
+
+@pytest.mark.parametrize(
+    ("lost", "listed", "instead", "words"),
+    [
+        ("OEBPS/b.xhtml", "", "", r"^OEBPS/b\.xhtml is missing"),
+        ("", 'item id="d1"', 'item id="d9"', "^a document is missing: the manifest has no 'd1'"),
+        ("", 'b.xhtml" media-type="', 'b.pdf" media-type="x-', r"^OEBPS/b\.pdf is no document that could be spoken"),
+    ],
+)
+def test_a_book_is_not_read_without_a_chapter_that_it_lacks(
+    tmp_path: Path, lost: str, listed: str, instead: str, words: str
+) -> None:
+    path = write_pages(tmp_path / "b.epub", {"a.xhtml": PAGE, "b.xhtml": PAGE})
+    members = members_of(path)
+    members["OEBPS/book.opf"] = members["OEBPS/book.opf"].replace(listed.encode(), instead.encode())
+    write_members(path, {name: content for name, content in members.items() if name != lost})
+    with pytest.raises(EpubError, match=words):
+        read_epub(path)
+
+
+def test_documents_and_ids_are_found_as_addresses_name_them(tmp_path: Path) -> None:
+    documents = {"../Text/a%20b.xhtml": page("<h1 id='ö 1'>One</h1><p>1st.</p><p id='z'>2nd.</p>"), "./c.xhtml": PAGE}
+    links = (
+        "<li><a href='../Text/./a%20b.xhtml#%C3%B6%201'>First</a></li><li><a href='../Text/a%20b.xhtml#z'>2</a></li>"
+    )
+    path = write_pages(tmp_path / "b.epub", documents, nav=NAV.format(links=links))
+    names = {"OEBPS/../Text/a%20b.xhtml": "Text/a b.xhtml", "OEBPS/./c.xhtml": "OEBPS/c.xhtml"}
+    write_members(path, {names.get(name, name): content for name, content in members_of(path).items()})
+    chapters = read_epub(path).chapters
+    assert [chapter.title for chapter in chapters] == ["First", "2"]
+    assert chapters[0].text == "One\n\n1st." and chapters[1].text.startswith("2nd.\n\nOne\n\nCafé")
+
+
+def test_a_document_that_the_spine_names_twice_is_read_once(tmp_path: Path) -> None:
+    path = write_pages(tmp_path / "b.epub", {"a.xhtml": PAGE})
+    members = members_of(path)
+    again = b'<item id="e" href="./a.xhtml" media-type="application/xhtml+xml"/></manifest>'
+    twice = members["OEBPS/book.opf"].replace(b"</manifest>", again)
+    twice = twice.replace(b"</spine>", b'<itemref idref="d0"/><itemref idref="e"/></spine>')
+    write_members(path, {**members, "OEBPS/book.opf": twice})
+    assert len(read_epub(path).chapters) == 1
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding"),
+    [
+        ("<?xml version='1.0' encoding='utf-16'?>", "utf-16"),
+        ("", "utf-16"),
+        ("<?xml version='1.0'?>", "utf-16-be"),
+        ("<?xml version='1.0' encoding='iso-8859-1'?>", "cp1252"),
+        ("<?xml version='1.0' encoding='no-such'?>", "utf-8"),
+        ("<?xml version='1.0' encoding='idna'?>", "utf-8"),
+        ("", "cp1252"),
+        ("", "utf-8-sig"),
+    ],
+)
+@pytest.mark.parametrize("body", ["<p>“Café”&nbsp;bar</p>", "<p>“Café”&nbsp;<b>bar<p>"], ids=["xml", "html"])
+def test_a_document_is_read_in_its_encoding(tmp_path: Path, declared: str, encoding: str, body: str) -> None:
+    text = f"{declared}<html><head><title>On encoding and charset</title></head><body>{body}</body></html>"
+    book = read_epub(write_pages(tmp_path / "b.epub", {"a.xhtml": text.encode(encoding)}))
+    assert book.chapters[0].text == "“Café” bar"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<p>A <!-- no -->word</p>",
+        "<p>A <?no?>word</p>",
+        "<p>A <!-- no -->word<p>",
+        "<p>A <?no?>word<p>",
+        "<p>A <o:p></o:p>word<p>",
+        f"<p>A {'<i>' * 300}word{'</i>' * 300}</p>",
+        f"<p>A {'<i>' * 1900}word<p>",
+    ],
+    ids=["comment", "instruction", "comment in html", "instruction in html", "name", "deep", "deep in html"],
+)
+def test_no_word_is_lost_for_what_stands_before_it(tmp_path: Path, body: str) -> None:
+    book = read_epub(write_pages(tmp_path / "b.epub", {"a.xhtml": page(body)}))
+    assert book.chapters[0].text == "A word"
+
+
+def test_a_document_that_cannot_be_read_to_its_end_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(EpubError, match=r"a\.xhtml cannot be read: Excessive depth"):
+        read_epub(write_pages(tmp_path / "b.epub", {"a.xhtml": page(f"<p>A{'<i>' * 3000} word</p>")}))
+
+
+def test_a_page_that_is_only_a_heading_is_a_chapter(tmp_path: Path) -> None:
+    links = "<li><a href='a.xhtml'>Part One</a></li><li><a href='b.xhtml'>Cover</a></li>"
+    documents = {"a.xhtml": page("<h1>Part One</h1>"), "b.xhtml": page("<p><img src='x'/></p>"), "c.xhtml": PAGE}
+    book = read_epub(write_pages(tmp_path / "b.epub", documents, nav=NAV.format(links=links)))
+    assert [chapter.title for chapter in book.chapters] == ["Part One", "Cover"]
 
 
 def test_a_nav_is_read_to_the_level_of_chapters(tmp_path: Path) -> None:

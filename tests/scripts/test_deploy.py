@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts.deploying.api import Api
-from scripts.deploying.applying import Deployments
+from scripts.deploying.applying import ENDPOINTS, Deployments
 from scripts.deploying.endpoint import create_body, deployed_fields, differences, wanted_fields
 from scripts.deploying.files import DeployError, EndpointFile, read_file, warnings
 from scripts.deploying.hiding import HIDDEN, Secrets, may_be_shown
@@ -277,6 +277,20 @@ def test_a_change_that_the_platform_does_not_keep_is_told(platform: Platform, tm
 def test_a_key_is_sent_over_https_only() -> None:
     with pytest.raises(DeployError, match="https"):
         Api("http://api.example.com/v2", KEY)
+
+
+def test_what_is_no_key_is_told_and_not_shown(deploy: Run, file: Path, platform: Platform) -> None:
+    """The HTTP library's own error would hold it, written in another way than the one that is hidden."""
+    done = deploy("show", file, key="rpa_HALF\nrpa_OTHER")
+    assert "no key has" in failed(done) and "rpa_" not in done.stdout + done.stderr
+    assert not platform.requests
+
+
+def test_a_key_for_this_machine_is_not_shown_to_a_proxy(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # where nobody is
+    with Api(platform.url, KEY, wait_s=0.001) as api:
+        assert api.all_of(ENDPOINTS, "endpoints") == []
 
 
 @contextlib.contextmanager

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import os
 import signal
+import struct
 import subprocess
 import sys
+import threading
+import types
 import wave
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
+from engine.audio.encoding import StreamEncoder, encode
+from engine.types import FloatArray
+from scripts.speaker.sinks import OneWav, SinkError, Speakers, file_sink, write
 from tests.platform import Platform, wait_until, without_ours
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "speak.py"
@@ -101,9 +112,47 @@ def test_the_speakers_get_the_samples_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "played").read_bytes() == (tmp_path / "a.wav").read_bytes()[44:]
 
 
-def test_a_listener_who_has_heard_enough_ends_it_without_a_word(tmp_path: Path) -> None:
-    command = f"{sys.executable} {SCRIPT} -f long.txt -o - | head -c 100 | wc -c"
+def interrupt(process: subprocess.Popen[bytes]) -> str:
+    """As Ctrl-C does; what it printed. Its standard input stays open."""
+    process.send_signal(signal.SIGINT)
+    status = process.wait(timeout=60)
+    assert process.stderr is not None and process.stdin is not None
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    process.stdin.close()
+    assert status == 130 and "Traceback" not in err, err
+    return err
+
+
+def test_an_interrupt_keeps_the_lines_that_were_spoken_and_waits_for_no_more(tmp_path: Path) -> None:
+    speak(tmp_path, "One line.", "-o", "one.wav", "--seed", "1")
+    line = (tmp_path / "one.wav").read_bytes()[44:]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--lines", "-o", "all.wav", "--seed", "1"],
+        cwd=tmp_path,
+        env=without_ours(os.environ),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert process.stdin is not None
+    process.stdin.write(b"One line.\nOne line.\n")
+    written = tmp_path / ".all.wav.part"
+    wait_until(lambda: written.exists() and written.stat().st_size > len(line) + 44)  # the second has begun
+    assert "wrote all.wav" in interrupt(process)
+    with wave.open(str(tmp_path / "all.wav")) as file:
+        samples = file.readframes(1 << 24)
+        assert file.getnframes() * 2 == len(samples) == (tmp_path / "all.wav").stat().st_size - 44
+    assert samples in (line, line * 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.wav", "one.wav"]
+
+
+@pytest.mark.parametrize("text", ["-f long.txt", "--lines <endless"])
+def test_a_listener_who_has_heard_enough_ends_it_without_a_word(text: str, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text(LONG)
+    arguments, _, endless = text.partition(" <")
+    yes = "yes 'One line.' | " if endless else ""
+    command = f"{yes}{sys.executable} {SCRIPT} {arguments} -o - | head -c 100 | wc -c"
     ran = subprocess.run(
         command, shell=True, cwd=tmp_path, env=without_ours(os.environ), capture_output=True, timeout=120, check=True
     )
@@ -132,6 +181,202 @@ def test_what_cannot_be_is_one_line_and_leaves_no_file(arguments: list[str], tol
     errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
     assert ended.status == 1 and len(errors) == 1 and told in errors[0], ended.err
     assert not list(tmp_path.glob("*a.*"))
+
+
+# ------------------------------------------------------------------------------ sinks
+
+SOUND: FloatArray = (np.sin(np.arange(24_000) / 20) / 2).astype(np.float32)
+LIST_CHUNK = b"LIST" + struct.pack("<I", 5) + b"INFOx\0"
+
+
+def samples_of(path: Path) -> bytes:
+    """All of a wav file that knows its size."""
+    with wave.open(str(path)) as file:
+        assert file.getnframes() * 2 + 44 == path.stat().st_size
+        return file.readframes(file.getnframes())
+
+
+def streamed(sound: FloatArray) -> bytes:
+    encoder = StreamEncoder(24_000, "wav")
+    return encoder.push(sound) + encoder.finish()
+
+
+WHOLE, SAMPLES = encode(SOUND, 24_000), encode(SOUND, 24_000)[44:]
+
+
+@pytest.mark.parametrize(
+    "wav",
+    [WHOLE, streamed(SOUND), encode(SOUND, 24_000, title="A title"), WHOLE + LIST_CHUNK, streamed(SOUND) + b"x"],
+    ids=["whole", "streamed", "titled", "chunk", "half"],
+)
+@pytest.mark.parametrize("piece_bytes", [7, 1 << 20])
+def test_wavs_of_any_kind_become_one_that_has_the_samples_of_all(wav: bytes, piece_bytes: int, tmp_path: Path) -> None:
+    with file_sink(tmp_path / "a.wav") as file:
+        one = OneWav(file)
+        for _ in range(3):
+            for start in range(0, len(wav), piece_bytes):
+                one.write(wav[start : start + piece_bytes])
+            one.end_file()
+    assert samples_of(tmp_path / "a.wav") == SAMPLES * 3
+
+
+class Kept:
+    """A sink that keeps all."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    def end_file(self) -> None:
+        """Nothing of it is kept."""
+
+
+def test_one_wav_says_of_no_length_that_it_has() -> None:
+    kept = Kept()
+    OneWav(kept).write(WHOLE)
+    assert kept.data == streamed(SOUND), "a player would stop after the first"
+
+
+@pytest.mark.parametrize("rate_hz", [16_000, 24_000])
+def test_wavs_that_cannot_be_one_are_refused(rate_hz: int) -> None:
+    other = io.BytesIO()
+    soundfile.write(other, np.zeros((100, 2 if rate_hz == 24_000 else 1)), rate_hz, "PCM_16", format="WAV")
+    kept = Kept()
+    one = OneWav(kept)
+    one.write(WHOLE)
+    one.end_file()
+    with pytest.raises(SinkError, match="cannot be one"):
+        one.write(other.getvalue())
+    assert kept.data == streamed(SOUND)
+
+
+def test_the_speakers_play_samples_of_all_files_and_refuse_what_they_were_not_opened_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = types.ModuleType("sounddevice")
+    exec(SPEAKERS, vars(library))
+    monkeypatch.setitem(sys.modules, "sounddevice", library)
+    monkeypatch.chdir(tmp_path)
+    speakers = Speakers()
+    for wav in (WHOLE + LIST_CHUNK, streamed(SOUND)):
+        speakers.write(wav[:1001])  # within a sample
+        speakers.write(wav[1001:])
+        speakers.end_file()
+    with pytest.raises(SinkError, match="16000 Hz"):
+        speakers.write(encode(SOUND, 16_000))
+    speakers.close()
+    assert (tmp_path / "played").read_bytes() == SAMPLES * 2
+
+
+@pytest.mark.parametrize("keeps_whole", [True, False])
+@pytest.mark.parametrize("num_whole", [0, 2])
+def test_what_is_cancelled_becomes_a_file_of_what_was_whole_or_none(
+    num_whole: int, keeps_whole: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"before")
+
+    def stop() -> None:
+        with file_sink(path, keeps_whole=keeps_whole) as file:
+            one = OneWav(file)
+            for _ in range(num_whole):
+                one.write(WHOLE)
+                one.end_file()
+            one.write(WHOLE[:1000])
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        stop()
+    if keeps_whole and num_whole:
+        assert samples_of(path) == SAMPLES * num_whole
+    else:
+        assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_whoever_is_cancelled_waits_until_nobody_writes() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Slow(Kept):
+        def write(self, data: bytes) -> None:
+            begun.set()
+            may_end.wait(60)
+            super().write(data)
+
+    async def stop() -> tuple[bool, bytes]:
+        slow = Slow()
+        writing = asyncio.create_task(write(slow, WHOLE))
+        await asyncio.to_thread(begun.wait)
+        writing.cancel()
+        await asyncio.wait([writing], timeout=0.05)
+        may_end.set()
+        await asyncio.wait([writing])
+        return writing.cancelled(), slow.data
+
+    assert asyncio.run(stop()) == (True, WHOLE)
+
+
+@pytest.mark.parametrize("keeps_whole", [True, False])
+def test_of_lines_those_before_a_failure_are_kept(keeps_whole: bool, tmp_path: Path) -> None:
+    def fail() -> None:
+        with file_sink(tmp_path / "a.wav", keeps_whole=keeps_whole) as file:
+            file.write(WHOLE)
+            file.end_file()
+            file.write(WHOLE[:1000])
+            raise OSError("away")
+
+    with pytest.raises(OSError, match="away"):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == (["a.wav"] if keeps_whole else [])
+    assert not keeps_whole or samples_of(tmp_path / "a.wav") == SAMPLES
+
+
+# ------------------------------------------------------------------------------ keys
+
+
+@contextmanager
+def listening() -> Iterator[tuple[str, list[str]]]:
+    """The address of a server that takes no key, and what it was asked."""
+    asked: list[str] = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on standard error."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+
+
+def test_a_key_for_this_machine_is_not_shown_to_a_proxy(tmp_path: Path) -> None:
+    with listening() as (proxy, of_proxy), listening() as (here, of_here):
+        url = here.replace("http://127.0.0.1", "HTTP://LOCALHOST")
+        arguments = ["Hello.", "-o", "a.wav", "--endpoint", "abc", "--api-url", url]
+        ended = speak(tmp_path, *arguments, RUNPOD_API_KEY="rpa_1", http_proxy=proxy, no_proxy="", NO_PROXY="")
+    assert "does not take the key" in ended.err
+    assert (of_proxy, of_here) == ([], ["/abc/run"])
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "told"),
+    [
+        ("http://127.0.0.1.evil.example", "rpa_SECRET", "https"),
+        ("https://evil.example", "rpa_SECRET\nx", "no key has"),
+    ],
+)
+def test_a_key_goes_nowhere_where_it_is_not_safe(url: str, key: str, told: str, tmp_path: Path) -> None:
+    ended = speak(tmp_path, "Hello.", "-o", "a.wav", "--endpoint", "abc", "--api-url", url, RUNPOD_API_KEY=key)
+    assert ended.status == 1 and told in ended.err and "SECRET" not in ended.err
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------ deployed workers
@@ -165,27 +410,45 @@ def test_what_a_deployed_worker_refuses_is_told_with_its_code(deployed: Platform
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupt_ends_the_job_and_leaves_no_file(deployed: Platform, tmp_path: Path) -> None:
-    arguments = at(deployed)
-    (tmp_path / "long.txt").write_text(LONG * 2)
+def test_lines_that_a_worker_of_either_kind_speaks_are_one_wav(deployed: Platform, tmp_path: Path) -> None:
+    arguments = ["--lines", "-o", "-", "--seed", "1", *at(deployed)]
+    one = speak(tmp_path, "One line.", *arguments, RUNPOD_API_KEY=deployed.api_key)
+    three = speak(tmp_path, "One line.\n\nOne line.\nOne line.", *arguments, RUNPOD_API_KEY=deployed.api_key)
+    assert three.status == 0 and three.out == one.out[:44] + one.out[44:] * 3, three.err
+    assert one.out[40:44] == b"\xff" * 4, "a player would stop after the first"
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_an_interrupt_ends_the_job_and_leaves_a_file_of_whole_lines_only(
+    lines: int, deployed: Platform, tmp_path: Path
+) -> None:
+    """An mp3, of which nothing tells where a line ends."""
     asked_for: list[str] = []
 
     def note(operation: str, job_id: str) -> None:
-        if operation == "stream":
+        if operation == "stream" and job_id not in asked_for:
             asked_for.append(job_id)
 
     deployed.fault = note
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "-f", "long.txt", "-o", "a.wav", *arguments],
+        [sys.executable, str(SCRIPT), *["--lines"] * lines, "-o", "a.mp3", "--seed", "1", *at(deployed)],
         cwd=tmp_path,
         env=without_ours(os.environ) | {"RUNPOD_API_KEY": deployed.api_key},
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,
     )
-    wait_until(lambda: len(asked_for) > 0)
-    job_id = asked_for[0]
+    assert process.stdin is not None
+    process.stdin.write(b"One line.\n" * lines + LONG.encode() * 2 + b"\n")
+    if not lines:
+        process.stdin.close()
+    wait_until(lambda: len(asked_for) > lines)
+    job_id = asked_for[lines]
     wait_until(lambda: deployed.status(job_id)["status"] == "IN_PROGRESS")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"Traceback" not in err, err
+    interrupt(process)
     assert deployed.ended(job_id)["status"] == "CANCELLED"
-    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp3"] * lines
+    if lines:
+        arguments = ["One line.", "-o", "one.mp3", "--seed", "1", *at(deployed)]
+        speak(tmp_path, *arguments, RUNPOD_API_KEY=deployed.api_key)
+        assert (tmp_path / "a.mp3").read_bytes() == (tmp_path / "one.mp3").read_bytes()

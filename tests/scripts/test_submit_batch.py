@@ -6,125 +6,36 @@ import contextlib
 import csv
 import itertools
 import json
-import os
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soundfile
-import typer
-from typer.testing import CliRunner
 
 from scripts.batch import files
 from scripts.batch.manifest import Manifest
-from scripts.submit_batch import main
-from tests.platform import without_ours
+from scripts.local_platform.jobs import Job, Status
+from tests.scripts.batches import (
+    EXAMPLE,
+    at,
+    audio_files,
+    audio_of,
+    interrupted,
+    on,
+    results,
+    run,
+    run_apart,
+    start,
+    texts,
+    write_rows,
+)
 from tests.scripts.books import write_epub
 from tests.scripts.fleet import LIMITS, Fleet, fleet_of, spoken
-
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "batch.csv"
-
-APP = typer.Typer()
-APP.command()(main)
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "scripts/submit_batch.py", *map(str, arguments)]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return without_ours(os.environ) | {"COLUMNS": "160"} | more
-
-
-@dataclass(frozen=True)
-class Done:
-    """What came of it."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(*arguments: object, **more: str) -> Done:
-    """The program, to its end; in this process, since its start takes longer than all the rest."""
-    ours = environment(**more)
-    removed: dict[str, str | None] = dict.fromkeys(os.environ.keys() - ours.keys())
-    result = CliRunner().invoke(APP, [*map(str, arguments)], env=removed | ours)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return Done(result.exit_code, result.stdout, result.stderr)
-
-
-def run_apart(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-    """The program as a person runs it."""
-    return subprocess.run(
-        command(*arguments),
-        cwd=ROOT,
-        env=environment(**more),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def at(fleet: Fleet, *arguments: object) -> tuple[object, ...]:
-    """What makes it run at a fleet, without questions about voices."""
-    where = fleet.url.removesuffix("/local")
-    return ("--api-url", where, "--endpoint", "local", "--no-check-voices", *arguments)
-
-
-def on(fleet: Fleet, *arguments: object) -> Done:
-    return run(*at(fleet, *arguments), RUNPOD_API_KEY=fleet.api_key)
-
-
-def start(fleet: Fleet, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command(*at(fleet, *arguments)),
-            cwd=ROOT,
-            env=environment(RUNPOD_API_KEY=fleet.api_key),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-        )
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def texts(count: int) -> list[dict[str, Any]]:
-    return [{"key": f"row-{number}", "text": f"This is sentence number {number}."} for number in range(count)]
-
-
-def results(folder: Path) -> dict[str, dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len({line["key"] for line in lines}) == len(lines)
-    return {line["key"]: line for line in lines}
-
-
-def audio_files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix in (".wav", ".mp3", ".flac", ".opus", ".part")}
-
-
-def audio_of(folder: Path, key: str) -> bytes:
-    return (folder / results(folder)[key]["file"]).read_bytes()
-
 
 # ------------------------------------------------------------------------------------------- with real workers
 
@@ -329,14 +240,6 @@ class _Forgetful(dict[str, Any]):
 # ------------------------------------------------------------------------------------------- interrupts
 
 
-def interrupted(fleet: Fleet, source: Path, out: Path, log: Path, *arguments: object) -> int:
-    """Ctrl-C while three jobs wait at the platform; the exit code."""
-    client = start(fleet, source, "--out", out, "--json", "--in-flight", 3, *arguments, log=log)
-    fleet.wait_until(lambda: log.read_text().count('"sent"') == 3)
-    client.send_signal(signal.SIGINT)
-    return client.wait(30)
-
-
 def test_an_interrupted_run_leaves_its_jobs_for_the_next_to_collect(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "rows.csv", texts(5)), tmp_path / "out"
     with Fleet() as fleet:
@@ -358,99 +261,28 @@ def test_an_interrupted_run_cancels_its_jobs_if_it_is_told_to(tmp_path: Path) ->
         assert len(fleet.asked) == 5 and set(fleet.made.values()) == {1}
 
 
-# ------------------------------------------------------------------------------------------- rows
+def test_a_job_that_ends_while_it_is_being_cancelled_is_collected_by_the_next_run(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(5)), tmp_path / "out"
+    with Fleet() as fleet:
+        cancel = fleet._endpoint.cancel
+        ended: list[str] = []
+
+        def too_late(job: Job) -> None:
+            if not ended:
+                ended.append(job.id)
+                assert job.request is not None
+                result = {"output": spoken(json.loads(job.request.read())["input"])}
+                fleet._endpoint._end(job, Status.COMPLETED, result)
+            cancel(job)
+
+        fleet._endpoint.cancel = too_late  # type: ignore[method-assign]
+        assert interrupted(fleet, source, out, tmp_path / "log", "--on-interrupt", "cancel") == 130
+        fleet.work()
+        assert on(fleet, source, "--out", out).returncode == 0
+        assert len(ended) == 1 and len(fleet.asked) == 4, "what had ended was not spoken again"
 
 
-def test_bad_rows_are_told_with_their_place_before_anything_is_sent(tmp_path: Path) -> None:
-    source = tmp_path / "rows.csv"
-    lines = [
-        "key,text,temperature,seed",
-        "good,Hello there.,,7",
-        "empty,,,",
-        "silent,…,,",
-        'hot,"Two\nlines.",hot,',
-        "good,Again.,,",
-        "markup,Hello [giggle].,,",
-        "many,Hello,there,1,2",
-        "half,Hello.,,1.5",
-    ]
-    source.write_bytes("\n".join(lines).encode() + b"\nlatin,caf\xe9,,\n")
-    with fleet_of() as fleet:
-        done = on(fleet, source, "--out", tmp_path / "out")
-        assert done.returncode == 2 and not fleet.asked and not (tmp_path / "out").exists()
-        *told, last = done.stderr.strip().splitlines()
-        for line, words in {
-            3: "text: expected text, it is missing",
-            4: "nothing in it that could be said",
-            5: "temperature: expected a number",
-            7: f"the key 'good' is that of {source}:2 too",
-            8: "unknown markup '[giggle]'",
-            9: "5 cells, and 4 columns have names",
-            10: "seed: expected an integer",
-            11: "byte 0xe9 at column 10 is not utf-8",
-        }.items():
-            assert any(each.startswith(f"{source}:{line}: ") and words in each for each in told), (line, told)
-        assert last.startswith("error: ") and "nothing was sent" in last
-        assert on(fleet, source, "--out", tmp_path / "out", "--skip-bad").returncode == 1
-        assert [fields["text"] for fields in fleet.asked] == ["Hello there."]
-        assert fleet.asked[0]["seed"] == 7
-
-
-def test_columns_and_defaults_become_fields_of_the_schemas_types(tmp_path: Path) -> None:
-    rows = [
-        {"Sentence": "Hello.", "Speaker": "Anna", "Note": "x", "temp": "0.5"},
-        {"Sentence": "Hi.", "Speaker": "", "Note": "", "temp": ""},
-    ]
-    source = write_rows(tmp_path / "rows.csv", rows)
-    maps = ("--map", "text=Sentence", "--map", "voice_name=Speaker", "--map", "temperature=temp")
-    with fleet_of() as fleet:
-        unknown = on(fleet, source, *maps, "--out", tmp_path / "out")
-        assert unknown.returncode == 2 and "--ignore 'Note'" in unknown.stderr
-        sets = ("--set", "seed=7", "--set", "voice_name=Ben", "--set", 'pronunciations={"SQL": "sequel"}')
-        done = on(fleet, source, *maps, *sets, "--ignore", "N*", "--out", tmp_path / "out")
-        assert done.returncode == 0, done.stderr
-        asked = sorted(fleet.asked, key=lambda fields: str(fields["voice_name"]))
-        assert [(each["text"], each["voice_name"], each["seed"]) for each in asked] == [
-            ("Hello.", "Anna", 7),
-            ("Hi.", "Ben", 7),
-        ]
-        assert asked[0]["temperature"] == 0.5 and "temperature" not in asked[1]
-        assert asked[0]["pronunciations"] == {"SQL": "sequel"}
-        wrong = on(fleet, source, "--set", "output_fromat=mp3")
-        assert wrong.returncode == 2 and "did you mean output_format?" in wrong.stderr
-
-
-def test_voices_that_the_endpoint_does_not_have_are_told_before_anything_is_sent(tmp_path: Path) -> None:
-    rows = [{"text": "Hello.", "voice_name": name} for name in ("anna", "Bern", "voice-3")]
-    source = write_rows(tmp_path / "rows.csv", rows)
-    library = [{"voice_id": f"voice-{n}", "name": name} for n, name in enumerate(("Anna", "Ben", "Cleo"), 1)]
-
-    def answer(fields: dict[str, Any]) -> dict[str, Any]:
-        if fields.get("operation") != "list_voices":
-            return spoken(fields)
-        page = library[fields["offset"] : fields["offset"] + 2]
-        return {"voices": page, "total": len(library)}
-
-    with fleet_of() as fleet:
-        fleet.answer = answer
-        told = on(fleet, source, "--out", tmp_path / "out", "--check-voices")
-        assert told.returncode == 2 and "there is no voice 'Bern'; did you mean Ben?" in told.stderr
-        assert f"{source}:3" in told.stderr and f"{source}:2" not in told.stderr and f"{source}:4" not in told.stderr
-        assert {fields.get("operation") for fields in fleet.asked} == {"list_voices"}
-
-
-def test_voices_of_rows_that_are_done_are_not_looked_for_again(tmp_path: Path) -> None:
-    source, out = write_rows(tmp_path / "rows.csv", [{"text": "Hello.", "voice_name": "Anna"}]), tmp_path / "out"
-
-    def answer(fields: dict[str, Any]) -> dict[str, Any]:
-        is_question = fields.get("operation") == "list_voices"
-        return {"voices": [{"voice_id": "1", "name": "Anna"}], "total": 1} if is_question else spoken(fields)
-
-    with fleet_of() as fleet:
-        fleet.answer = answer
-        assert on(fleet, source, "--out", out, "--check-voices").returncode == 0
-        assert on(fleet, source, "--out", out, "--check-voices").returncode == 0
-        assert len(fleet.asked) == 2
+# ------------------------------------------------------------------------------------------- rows that change
 
 
 def test_a_row_of_which_nothing_changed_is_its_own_wherever_it_stands(tmp_path: Path) -> None:
@@ -575,73 +407,6 @@ def paying() -> Iterator[Callable[[], str]]:
         server.shutdown()
 
 
-def test_what_stands_beside_a_jobs_input_goes_along(tmp_path: Path) -> None:
-    lines = tmp_path / "rows.jsonl"
-    config = {"accessId": "a", "accessSecret": "b", "bucketName": "mine", "endpointUrl": "https://s3.example.com"}
-    job = {"key": "one", "input": {"text": "Uno."}, "s3Config": config, "policy": {"ttl": 60_000}}
-    lines.write_text(json.dumps(job) + "\n", encoding="utf-8")
-    taken: list[dict[str, Any]] = []
-    with fleet_of() as fleet:
-        fleet.on_job = taken.append
-        assert on(fleet, lines, "--out", tmp_path / "out").returncode == 0
-        assert [(each["s3Config"], each["policy"]) for each in taken] == [(config, {"ttl": 60_000})]
-        for name, wrong in (("policy", 7), ("webhook", "ftp://x"), ("s3Config", 7)):
-            lines.write_text(json.dumps({"input": {"text": "Uno."}, name: wrong}) + "\n", encoding="utf-8")
-            done = on(fleet, lines, "--out", tmp_path / "2")
-            assert done.returncode == 2 and f"{lines}:1: {name}: expected" in done.stderr, done.stderr
-        assert b'"b"' not in (tmp_path / "out" / "batch.sqlite").read_bytes(), "a secret is in the manifest"
-
-
-@pytest.mark.parametrize(
-    ("content", "arguments", "words"),
-    [
-        ("key,text\na,Hello.\n", ["--map", "voice_name=Speaker"], "voice_name: there is no 'Speaker' in it"),
-        ("key,text\na,Hello.\n", ["--map", "seed=Sed", "--set", "seed=1"], "seed: there is no 'Sed' in it"),
-        ("key,text\na,Hello.\n", ["--set", "idempotency_key=one"], "each job has to have its own"),
-        ("key,text,idempotency_key\na,Hi.,x\nb,Ho.,x\n", [], "the idempotency_key 'x' is that of"),
-        ("key,text\na,Hello.\n", ["--encoding", "nonsense"], "--encoding nonsense: no such encoding"),
-        ("key,text\na,Hello.\n", ["--encoding", "base64"], "--encoding base64: no such encoding"),
-        ('key,"te\nxt\na,Hello.\n', [], "not CSV"),
-    ],
-)
-def test_what_is_wrong_with_columns_and_options_is_told_before_anything_is_sent(
-    tmp_path: Path, content: str, arguments: list[str], words: str
-) -> None:
-    source = tmp_path / "rows.csv"
-    source.write_text(content, encoding="utf-8")
-    done = run(source, "--dry-run", *arguments)
-    assert done.returncode == 2 and words in done.stderr, done.stderr
-
-
-def test_an_input_that_cannot_be_read_is_wrong_usage(tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").symlink_to("a.txt")
-    (tmp_path / "texts" / "b.txt").write_text("Hello.")
-    folder = tmp_path / "texts" / "deep.txt"
-    folder.mkdir()
-    assert run(tmp_path / "texts", "--dry-run").returncode == 0, "a link to nowhere is no text"
-    source = tmp_path / "rows.csv"
-    os.mkfifo(source)
-    assert run(source, "--dry-run").returncode == 2
-
-
-def test_a_row_with_a_line_that_cannot_be_read_is_left_out_whole(tmp_path: Path) -> None:
-    source = tmp_path / "rows.csv"
-    source.write_bytes(b'key,text\na,"One.\ncaf\xe9\nthree."\nb,Two.\n')
-    with fleet_of() as fleet:
-        done = on(fleet, source, "--out", tmp_path / "out", "--skip-bad")
-        assert done.returncode == 1 and f"{source}:3: byte 0xe9" in done.stderr
-        assert [fields["text"] for fields in fleet.asked] == ["Two."]
-
-
-def test_a_language_that_was_said_beats_the_books_own(tmp_path: Path) -> None:
-    book = write_epub(tmp_path / "b.epub", "A Book", [("One", "First."), ("Two", "Second.")])
-    with fleet_of() as fleet:
-        on(fleet, book, "--out", tmp_path / "1")
-        on(fleet, book, "--out", tmp_path / "2", "--set", "language=de")
-        assert [fields["language"] for fields in fleet.asked] == ["en", "en", "de", "de"]
-
-
 def test_a_full_disk_ends_the_run_with_a_word(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "rows.csv", texts(3)), tmp_path / "out"
     with fleet_of() as fleet:
@@ -661,63 +426,12 @@ def test_a_row_whose_text_changed_is_told_and_done_anew(tmp_path: Path) -> None:
         rows[1] |= {"text": "Something else.", "output_format": "mp3"}
         write_rows(source, rows)
         done = on(fleet, source, "--out", out)
-        assert done.returncode == 0 and "1 rows changed since the last run, and are done anew: row-1" in done.stderr
-        assert "1 rows are not in the input any more; their files stay: row-2" in done.stderr
+        assert done.returncode == 0 and "1 row changed since the last run, to be done anew: row-1" in done.stderr
+        assert "1 row not in the input any more, files stay: row-2" in done.stderr
         assert len({fields["idempotency_key"] for fields in fleet.asked}) == 4
     assert list(results(out)) == ["row-0", "row-1"]
     assert audio_files(out) == {"row-0.wav", "row-1.mp3", "row-2.wav"}
     assert audio_of(out, "row-1") == b"None: Something else."
-
-
-def test_keys_never_become_files_outside_the_folder_or_of_the_same_name(tmp_path: Path) -> None:
-    keys = ["../../up", "up", "UP", "/etc/passwd", "CON", "nul.txt", "..", "a" * 300, "a" * 301, "Ä", "A\u0308", " x "]
-    rows = [{"key": key, "text": f"Text {number}."} for number, key in enumerate(keys)]
-    source, out = write_rows(tmp_path / "rows.csv", rows), tmp_path / "down" / "out"
-    with fleet_of() as fleet:
-        done = on(fleet, source, "--out", out)
-        assert done.returncode == 0, done.stderr
-    found = results(out)
-    names = [row["file"] for row in found.values()]
-    assert len({name.casefold() for name in names}) == len(keys) and all("/" not in name for name in names)
-    assert audio_files(out) == set(names)
-    assert not {name.partition(".")[0].upper() for name in names} & {"CON", "NUL", ""}
-    for number, key in enumerate(keys):
-        assert audio_of(out, key.strip()) == f"None: Text {number}.".encode()
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} >= {"rows.csv"}
-    assert not list((tmp_path / "down").glob("up*")) and not list(tmp_path.glob("up*"))
-
-
-def test_json_lines_and_folders_are_rows_too(tmp_path: Path) -> None:
-    lines = tmp_path / "rows.jsonl"
-    jobs = [{"id": "one", "input": {"text": "Uno."}}, {"key": "two", "text": "Due.", "seed": 3}]
-    lines.write_text("\n".join(map(json.dumps, jobs)) + '\n{"text": \n', encoding="utf-8")
-    folder = tmp_path / "texts"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "a.txt").write_text("Plain text.", encoding="utf-8")
-    (folder / "deep" / "b.md").write_text("Some **bold** [words](https://x.example).\n\n- one\n", encoding="utf-8")
-    with fleet_of() as fleet:
-        assert f"{lines}:3: not JSON" in on(fleet, lines, "--out", tmp_path / "1").stderr
-        assert on(fleet, lines, "--out", tmp_path / "1", "--skip-bad").returncode == 1
-        assert set(results(tmp_path / "1")) == {"one", "two"}
-        done = on(fleet, folder, "--out", tmp_path / "2")
-        assert done.returncode == 0, done.stderr
-        assert set(results(tmp_path / "2")) == {"a", "deep/b"}
-        assert audio_of(tmp_path / "2", "deep/b") == b"None: Some bold words.\n\none"
-
-
-def test_a_dry_run_estimates_and_sends_nothing(tmp_path: Path) -> None:
-    cost = ("--gpu", "ADA_24", "--chars-per-second", 200)
-    done = run(EXAMPLE, "--dry-run", "--out", tmp_path / "out", *cost)
-    assert done.returncode == 0 and not (tmp_path / "out").exists()
-    assert "8 rows, 563 characters: about 40.2 s of audio, some $0.0009" in done.stderr and "estimate" in done.stderr
-
-
-def test_without_an_endpoint_or_its_key_nothing_begins(tmp_path: Path) -> None:
-    assert "--local 2" in run(EXAMPLE, "--out", tmp_path).stderr
-    without_key = run(EXAMPLE, "--out", tmp_path, "--endpoint", "x")
-    assert without_key.returncode == 2 and "RUNPOD_API_KEY" in without_key.stderr
-    plain = run(EXAMPLE, "--out", tmp_path, "--endpoint", "x", "--api-url", "http://x.example", RUNPOD_API_KEY="k")
-    assert plain.returncode == 2 and "https" in plain.stderr
 
 
 def test_a_key_that_is_not_taken_ends_the_run_and_is_not_told(tmp_path: Path) -> None:
