@@ -328,7 +328,7 @@ def test_a_store_that_hangs_or_raises_harms_no_request_but_its_own(engine_folder
 
     class Hanging(Kept):
         def get(self, key: str, default: object = None) -> None:  # type: ignore[override]
-            released.wait(60)
+            released.wait(600)
 
     class Raising(Kept):
         def get(self, key: str, default: object = None) -> None:  # type: ignore[override]
@@ -340,11 +340,12 @@ def test_a_store_that_hangs_or_raises_harms_no_request_but_its_own(engine_folder
     request = SpeechRequest(text=SENTENCE, seed=7)
     try:
         with Engine.load(config(engine_folder, max_chunk_chars=MAX_CHARS)) as loaded:
+            raising = joined(list(loaded.stream(request, early=False, work=Raising())))
             hanging = [loaded.stream(request, early=False, work=Hanging()) for _ in range(9)]
             expected = loaded.speak(request).waveform
             for stream in hanging:
                 stream.close()
-            raising = joined(list(loaded.stream(request, early=False, work=Raising())))
+        assert not released.is_set()
     finally:
         released.set()
     assert np.abs(raising - expected).max() < 1e-6
