@@ -1,7 +1,8 @@
 """The chapters of an EPUB as text: its spine in reading order, cut and named as its table of contents says.
 
 Formats: EPUB 3.3 (W3C), EPUB 2.0.1 (OPF, NCX). A book is data from anywhere: sizes are bounded, no entity or address
-in it is followed, and what cannot be read is an error that says so.
+in it is followed, and what cannot be read is an error that says so. On lxml: the kept library for EPUB, EbookLib, is
+under the AGPL, and gives documents, not what is to be said of them.
 """
 
 from __future__ import annotations
