@@ -138,9 +138,9 @@ async def load(source: str, field: str, context: JobContext) -> bytes:
         JobError: download_refused, download_failed, reference_too_long, reference_unreadable.
     """
     source = source.strip()
-    scheme = _scheme(source)
-    if scheme not in SCHEMES or context.fetch is None:
-        return await asyncio.to_thread(_given, source, scheme, field, context)
+    if scheme_of(source) not in SCHEMES or context.fetch is None:
+        max_bytes = context.settings.max_reference_bytes
+        return await asyncio.to_thread(given, source, field, max_bytes, local_files=context.local_files)
     data = await context.fetch(source, field)
     context.figures.num_downloads += 1
     context.figures.num_downloaded_bytes += len(data)
@@ -167,20 +167,31 @@ def read_recording(data: bytes, field: str, max_duration_s: float) -> tuple[Floa
     return decode(data, max_duration_s=max_duration_s, field=field)
 
 
-def _scheme(source: str) -> str:
+def scheme_of(source: str) -> str:
     """Of an address, in lower case; "" of base64."""
-    found = _SCHEME.match(source)
+    found = _SCHEME.match(source.strip())
     return found[1].lower() if found else ""
 
 
-def _given(source: str, scheme: str, field: str, context: JobContext) -> bytes:
-    """What is in the field itself, or in a file. Blocks."""
-    max_bytes = context.settings.max_reference_bytes
+def given(source: str, field: str, max_bytes: int, *, local_files: bool = False) -> bytes:
+    """What is in an audio field itself, or in a file. Blocks.
+
+    Args:
+        source: base64, a data URI, or (where local files are allowed) `file:PATH`.
+        field: name of the input field, for errors.
+        max_bytes: of the recording.
+        local_files: whether files of this machine may be read.
+
+    Raises:
+        JobError: download_refused, reference_too_long, reference_unreadable.
+    """
+    source = source.strip()
+    scheme = scheme_of(source)
     if not scheme:
         return _from_base64(source, field, max_bytes)
     if scheme == "data":
         return _from_data_uri(source, field, max_bytes)
-    if scheme == "file" and context.local_files:
+    if scheme == "file" and local_files:
         return _from_file(source[len("file:") :], field, max_bytes)
     raise JobError("download_refused", f"{field}: {_refusal(scheme)}", field)
 

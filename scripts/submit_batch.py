@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
+import shutil
 import sqlite3
 import sys
 import time
@@ -29,7 +31,7 @@ if __name__ == "__main__":
 import typer  # noqa: E402
 
 from scripts.addresses import checked_key, checked_url  # noqa: E402
-from scripts.batch import costs  # noqa: E402
+from scripts.batch import costs, report  # noqa: E402
 from scripts.batch.board import Board, Style  # noqa: E402
 from scripts.batch.checking import Checked, Reading, Row, check_rows, is_webhook  # noqa: E402
 from scripts.batch.client import Client, Refused  # noqa: E402
@@ -47,6 +49,7 @@ from scripts.console import complain, counted  # noqa: E402
 API_URL = "https://api.runpod.ai/v2"
 SOME_FAILED, BAD_USAGE = 1, 2
 
+_ENDPOINT_ID = re.compile(r"[A-Za-z0-9_-]+")
 _SHOWN_KEYS = 5
 _SHOWN_PROBLEMS = 50
 
@@ -169,12 +172,13 @@ def main(
         rates = _rates(gpu, price_per_second, chars_per_second)
         checked = _checked(source, encoding, reading, tuple(only or ()))
         _tell_problems(checked.problems)
-        _refuse(checked, skip_bad)
+        _refuse(checked, skip_bad, source, only or ())
         board = Board(style, rates)
         _tell_estimate(checked.rows, rates, board)
         if dry_run:
             return
-        folder = out or Path("out") / (source.name if source.is_dir() else source.stem)
+        folder = out or Path("out") / (source.resolve().name if source.is_dir() else source.stem)
+        _check_folder(folder, source)
         batch = _Batch(
             source=source,
             checked=checked,
@@ -219,6 +223,18 @@ def _checked(source: Path, encoding: str, reading: Reading, only: Sequence[str])
         raise BatchError(f"{source} cannot be read: {error}") from error
 
 
+def _check_folder(folder: Path, source: Path) -> None:
+    """Refuse a folder for the output that is none, or in which the input would be written over.
+
+    Raises:
+        BatchError
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BatchError(f"--out {folder}: expected a folder")
+    if source.resolve() == (folder / report.FILE).resolve():
+        raise BatchError(f"{source} is where the results would be written; say --out with another folder")
+
+
 def _rates(gpu: str | None, usd_per_s: float | None, chars_per_s: float | None) -> costs.Rates:
     return costs.Rates.of(
         gpu,
@@ -242,6 +258,8 @@ def _remote(endpoint: str | None, api_url: str) -> Endpoint:
         key = checked_key(key)
     except ValueError as error:
         raise BatchError(str(error)) from None
+    if not _ENDPOINT_ID.fullmatch(endpoint):
+        raise BatchError(f"--endpoint {endpoint}: expected the id of an endpoint")
     url = f"{api_url.rstrip('/')}/{endpoint}"
     return Endpoint(url, url, key)
 
@@ -253,16 +271,19 @@ def _tell_problems(problems: Sequence[Problem]) -> None:
         complain(f"and {len(problems) - _SHOWN_PROBLEMS:,} more")
 
 
-def _refuse(checked: Checked, skip_bad: bool) -> None:
+def _refuse(checked: Checked, skip_bad: bool, source: Path, only: Sequence[str]) -> None:
     """Nothing is sent of a batch with bad rows, unless that was said.
 
     Raises:
         BatchError: for bad rows, and for none at all.
     """
     if checked.problems and not skip_bad:
-        raise BatchError(f"{len(checked.problems):,} bad rows, nothing was sent (--skip-bad goes on without them)")
+        bad = counted(len(checked.problems), "problem")
+        raise BatchError(f"{bad}, nothing was sent (--skip-bad goes on without bad rows)")
+    if not checked.rows and only:
+        raise BatchError(f"no row has a key that is {' or '.join(map(repr, only))}")
     if not checked.rows:
-        raise BatchError("there are no rows")
+        raise BatchError(f"{source} holds no rows{' that are good' if checked.problems else ''}")
 
 
 def _tell_estimate(rows: Sequence[Row], rates: costs.Rates, board: Board) -> None:
@@ -271,6 +292,8 @@ def _tell_estimate(rows: Sequence[Row], rates: costs.Rates, board: Board) -> Non
     audio_s = costs.total_spoken_s((part.num_chars, part.language) for part in parts)
     usd = rates.expected_usd(num_chars)
     cost = "" if usd is None else f", some {costs.as_usd(usd)} ({rates.chars_per_s:.0f} characters/s, {rates.source})"
+    if usd is None and rates.usd_per_s is not None:
+        cost = ", at a cost that is not known: nobody measured the speed, say --chars-per-second"
     board.event("plan", rows=len(rows), jobs=len(parts), chars=num_chars, expected_audio_s=audio_s, expected_usd=usd)
     jobs = counted(len(rows), "row") + ("" if len(rows) == len(parts) else f", {counted(len(parts), 'job')}")
     board.say(f"{jobs}, {num_chars:,} characters: about {costs.as_time(audio_s)} of audio{cost}; an estimate")
@@ -298,12 +321,17 @@ class _Batch:
 
     def run(self, where: Endpoint | None, num_local: int) -> int:
         """The exit code."""
+        from scripts.batch.local import DEFAULT_MODEL, kept_in, local_endpoint  # and a web server
+
         self.folder.mkdir(parents=True, exist_ok=True)
+        is_local = where is None
         with Manifest(self.folder) as manifest, contextlib.ExitStack() as held:
             manifest.meet_input(self.source, is_meant=self.is_folder_meant)
             if where is None:
-                from scripts.batch.local import local_endpoint  # and a web server, where it is asked for
-
+                if not os.environ.get("MODEL"):
+                    self.board.say(
+                        f"with the {DEFAULT_MODEL} voice; set MODEL (MODEL=nano, MODEL=turbo, …) for a real model"
+                    )
                 platform = held.enter_context(local_endpoint(num_local, self.folder))
                 name = f"this machine, {uuid.uuid4()}"  # whose jobs are gone with it
                 where = Endpoint(name, platform.url, platform.api_key, ends_with_us=True)
@@ -315,7 +343,10 @@ class _Batch:
                 raise
             finally:
                 self.board.close()
-            return self._finish(manifest, code, time.monotonic() - began_s)
+            code = self._finish(manifest, code, time.monotonic() - began_s)
+        if is_local and self.is_all and code == 0:
+            shutil.rmtree(kept_in(self.folder), ignore_errors=True)  # nobody goes on with it
+        return code
 
     async def _run(self, manifest: Manifest, where: Endpoint) -> int:
         async with Client(where.url, where.key, self.limits, on_trouble=self.board.trouble) as client:
@@ -337,12 +368,13 @@ class _Batch:
     async def _prepare(self, manifest: Manifest, client: Client, where: Endpoint) -> None:
         """Look for the voices, and take the rows in."""
         if self.check_voices:
-            problems = await missing_voices(client, [*manifest.open_rows(self.checked.rows)])
+            rows = [*manifest.open_rows(self.checked.rows, retry_failed=self.retry_failed)]
+            problems = await missing_voices(client, rows)
             _tell_problems(problems)
             self.checked.problems.extend(problems)
             bad = {problem.source for problem in problems}
             self.checked.rows[:] = [row for row in self.checked.rows if row.source not in bad]
-            _refuse(self.checked, self.skip_bad)
+            _refuse(self.checked, self.skip_bad, self.source, ())
         changes = manifest.meet(
             self.checked.rows,
             is_all=self.is_all,
@@ -350,9 +382,14 @@ class _Batch:
             retry_failed=self.retry_failed,
         )
         self._tell_changes(changes)
-        for job_id in changes.abandoned_jobs:
-            with contextlib.suppress(Refused):  # it has ended
-                await client.cancel(job_id)
+        for job_id in manifest.abandoned_jobs():
+            try:
+                with contextlib.suppress(Refused):  # it has ended
+                    await client.cancel(job_id)
+            except EndpointError as error:  # the next run tries again; this one has better things to do
+                self.board.trouble("cancel", str(error))
+                break
+            manifest.note_cancelled(job_id)
 
     def _tell_changes(self, changes: Changes) -> None:
         told = {"changed since the last run, to be done anew": changes.changed}
@@ -381,6 +418,7 @@ class _Batch:
     def _finish(self, manifest: Manifest, code: int, wall_s: float) -> int:
         summary = self._write_results(manifest, wall_s)
         self.board.event("summary", **summary.as_json())
+        self.board.failed_before(summary.failures)
         for line in summary.lines():
             self.board.say(line)
         if code == INTERRUPTED:
@@ -389,7 +427,10 @@ class _Batch:
         return SOME_FAILED if summary.failed or summary.open or self.checked.problems else code
 
     def _write_results(self, manifest: Manifest, wall_s: float) -> Summary:
-        return write_results(manifest, self.folder, {row.key for row in self.checked.rows}, self.rates, wall_s)
+        summary = write_results(manifest, self.folder, {row.key for row in self.checked.rows}, self.rates)
+        summary.wall_s, summary.run_audio_s = wall_s, self.board.audio_s
+        summary.left_out = len(self.checked.problems)
+        return summary
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from scripts.console import complain, err
 
 _LINE_EVERY_S = 10.0
 _TROUBLE_EVERY_S = 5.0
+_SHOWN_FAILURES = 10
 _PACE_S = 600.0
 """Over so long the pace is taken: a job may take minutes."""
 
@@ -39,18 +40,22 @@ class Board:
     Args:
         style: how to show it.
         rates: for what it costs.
+
+    Attributes:
+        audio_s: of what was done until now.
     """
 
     def __init__(self, style: Style, rates: Rates) -> None:
         self._style, self._rates = style, rates
         self._began_s = self._line_s = time.monotonic()
         self._trouble_s = -_TROUBLE_EVERY_S
-        self._audio_s = self._worker_s = 0.0
+        self.audio_s = self._worker_s = 0.0
         self._num_done = self._num_failed = self._num_jobs = self._num_rows = 0
         self._num_chars = self._num_chars_done = 0
         self._jobs_left: collections.Counter[str] = collections.Counter()  # by row
         self._chars: dict[tuple[str, int], int] = {}
         self._warnings: set[str] = set()
+        self._told: set[str] = set()  # keys of rows that failed
         self._bar: Progress | None = None
 
     # ------------------------------------------------------------------------------ the runner's side
@@ -74,7 +79,7 @@ class Board:
 
     def done(self, task: Task) -> None:
         self._num_done += 1
-        self._audio_s += task.result.get("duration_s") or 0.0
+        self.audio_s += task.result.get("duration_s") or 0.0
         self._end(task)
         self._event("done", task, file=task.file, duration_s=task.result.get("duration_s"), job_id=task.job_id)
         self._warn(task)
@@ -84,6 +89,7 @@ class Board:
         self._num_failed += 1
         self._end(task)
         self._event("failed", task, error_code=task.error_code, error=task.error)
+        self._told.add(task.key)
         self._complain(f"failed: {task.name}: {task.error_code}: {task.error}")
         self._tick()
 
@@ -102,6 +108,7 @@ class Board:
 
     def not_joined(self, row: Row, error: str) -> None:
         self._event("not_joined", key=row.key, error=error)
+        self._told.add(row.key)
         self._complain(f"not joined: {row.key}: {error}")
 
     def trouble(self, operation: str, message: str) -> None:
@@ -135,6 +142,14 @@ class Board:
             self._bar.stop()
             self._bar = None
 
+    def failed_before(self, failures: Sequence[tuple[str, str]]) -> None:
+        """Rows of the run that have failed, by key and why: those of which this run has told nothing."""
+        told = [f"failed before: {key}: {error}" for key, error in failures if key not in self._told]
+        for line in told[:_SHOWN_FAILURES]:
+            self._complain(line)
+        if len(told) > _SHOWN_FAILURES:
+            self._complain(f"and {len(told) - _SHOWN_FAILURES:,} more")
+
     def event(self, name: str, **about: Any) -> None:
         """An event for programs."""
         self._event(name, **about)
@@ -145,7 +160,7 @@ class Board:
         if self._style is not Style.JSON:
             return
         place = {} if task is None else {"key": task.key, "part": task.part}
-        sys.stdout.write(json.dumps({"event": event, **place, **about}, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps({"event": event, **place, **about}) + "\n")
         sys.stdout.flush()
 
     def _end(self, task: Task) -> None:
@@ -190,7 +205,7 @@ class Board:
 
     def _facts(self) -> list[str]:
         elapsed_s = max(time.monotonic() - self._began_s, 1e-3)
-        facts = [f"{as_time(self._audio_s)} of audio", f"{self._audio_s / elapsed_s:.1f} × real time"]
+        facts = [f"{as_time(self.audio_s)} of audio", f"{self.audio_s / elapsed_s:.1f} × real time"]
         usd = self._rates.usd(self._worker_s)
         facts += [f"≤ {as_usd(usd)}"] if usd is not None else []
         return [*facts, f"{self._num_failed:,} failed"] if self._num_failed else facts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import difflib
 import fnmatch
+import functools
 import hashlib
 import json
 import types
@@ -25,6 +26,7 @@ from jobs.schema import INPUT_MODELS, AudioInput, LongForm, SpeechInput, parse_j
 from scripts.batch.books import parts_of
 from scripts.batch.epub import Chapter
 from scripts.batch.errors import BatchError
+from scripts.batch.recordings import Recordings
 from scripts.batch.rows import Problem, RawRow, Source
 
 KEY_COLUMNS = ("key", "id")
@@ -32,11 +34,16 @@ MAX_KEY_CHARS = 500
 MAX_TTS_CHARS = 5_000
 """A worker's own default (MAX_TEXT_CHARS): what is longer goes as `long_form`."""
 
+_TIMES_OF_POLICY = ("executionTimeout", "ttl")
+
 _BOOK_FORMAT = "opus"
-"""Of parts that are to be joined, unless the batch says: an hour is some 30 MB."""
+"""Of long texts, unless the batch says: an hour is some 30 MB, of wav six minutes are too much to be returned."""
 
 _IDEMPOTENCY_KEY = "idempotency_key"
 _KEY_DIGITS = 12
+
+_SAYING = frozenset({"text", "segments", "input_audio", "operation"})
+"""Of these fields a row has one."""
 
 _KNOWN = {*FIELD_ALIASES, *IGNORED_FIELDS, *(name for model in INPUT_MODELS.values() for name in model.model_fields)}
 
@@ -59,7 +66,7 @@ class Part:
     title: str | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Of all that is spoken. Where it is told and put is no part of that."""
         return _digest(self.fields)
@@ -140,21 +147,29 @@ def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequenc
         reading: how.
         only: keys, or patterns of keys, of the rows that are wanted; empty for all.
     """
-    checked = Checked()
+    checked, recordings = Checked(), Recordings()
     keys, idempotency_keys = _Distinct("key"), _Distinct(_IDEMPOTENCY_KEY)
     num_alike: collections.Counter[str] = collections.Counter()
+    columns: tuple[str, ...] | None = None
     for position, raw in enumerate(rows):
         if isinstance(raw, Problem):
             checked.problems.append(raw)
             continue
+        if raw.columns is not columns:
+            columns = raw.columns
+            columns_problem = _problem_of_columns(raw, reading)
+            if columns_problem is not None:  # that of every row
+                checked.problems.append(columns_problem)
+                return checked
         try:
+            given = _given_of(raw, reading)
             named = _key_of(raw, reading)
-            key = named or _key_of_nameless(raw, num_alike)
+            key = named or _key_of_nameless(given, num_alike)
             if only and not any(key == each or fnmatch.fnmatchcase(key, each) for each in only):
                 continue
             keys.take(key, raw.source)
             name = None if named else f"{raw.source.line or 0:05d}-{key}"
-            row = _row(key, name, position, raw, reading)
+            row = _row(key, name, position, raw, given, reading, recordings)
             idempotency_keys.take(row.parts[0].fields.get(_IDEMPOTENCY_KEY), raw.source)
             checked.rows.append(row)
         except _Wrong as wrong:
@@ -197,9 +212,9 @@ def _key_of(raw: RawRow, reading: Reading) -> str | None:
     return None
 
 
-def _key_of_nameless(raw: RawRow, num_alike: collections.Counter[str]) -> str:
+def _key_of_nameless(given: Mapping[str, Any], num_alike: collections.Counter[str]) -> str:
     """By what the row says, not where: rows that come before it later do not make it another."""
-    key = _digest(raw.fields)[:_KEY_DIGITS]
+    key = _digest(given)[:_KEY_DIGITS]
     num_alike[key] += 1
     return key if num_alike[key] == 1 else f"{key}-{num_alike[key]}"
 
@@ -214,10 +229,19 @@ def _checked_key(value: object, column: str) -> str:
 # ------------------------------------------------------------------------------------------- fields
 
 
-def _row(key: str, name: str | None, position: int, raw: RawRow, reading: Reading) -> Row:
-    fields = _fields_of(raw, reading)
-    if raw.book:
-        fields.setdefault("output_format", _BOOK_FORMAT)
+def _row(
+    key: str,
+    name: str | None,
+    position: int,
+    raw: RawRow,
+    given: Mapping[str, Any],
+    reading: Reading,
+    recordings: Recordings,
+) -> Row:
+    try:
+        fields = recordings.put_in(_fields_of(given, raw, reading))
+    except JobError as error:
+        raise _Wrong(error.message) from error
     operation = fields.get("operation")
     text = fields.get("text")
     is_long = isinstance(text, str) and len(text) > MAX_TTS_CHARS
@@ -227,6 +251,7 @@ def _row(key: str, name: str | None, position: int, raw: RawRow, reading: Readin
     language = language if isinstance(language, str) else "en"
     chapters = raw.chapters or ((Chapter(None, text),) if is_long and isinstance(text, str) else ())
     if operation == "long_form" and chapters and "segments" not in fields:
+        fields.setdefault("output_format", _BOOK_FORMAT)
         parts, warnings = _parts_of_book(raw, fields, chapters, language, reading.part_chars)
     else:
         part, warnings = _part(fields, None, raw.beside)
@@ -254,8 +279,10 @@ def _parts_of_book(
 
 def _part(fields: Mapping[str, Any], title: str | None, beside: Mapping[str, Any]) -> tuple[Part, tuple[str, ...]]:
     """A job, if a worker would take it."""
-    if not isinstance(beside.get("policy", {}), Mapping):
-        raise _Wrong("policy: expected an object")
+    policy = beside.get("policy", {})
+    times = [policy[name] for name in _TIMES_OF_POLICY if name in policy] if isinstance(policy, Mapping) else [None]
+    if not all(isinstance(each, int | float) and each > 0 for each in times):
+        raise _Wrong("policy: expected an object, with numbers of milliseconds")
     if "webhook" in beside and not is_webhook(beside["webhook"]):
         raise _Wrong("webhook: expected an address with https:// or http://")
     try:
@@ -292,23 +319,50 @@ def _texts_of(request: AudioInput) -> list[str]:
     return [] if request.text is None else [request.text]
 
 
-def _fields_of(raw: RawRow, reading: Reading) -> dict[str, Any]:
-    columns, has_columns = dict(reading.columns), raw.columns is not None
-    there: Iterable[str] = raw.fields if raw.columns is None else raw.columns
+def _problem_of_columns(raw: RawRow, reading: Reading) -> Problem | None:
+    """What is wrong with the columns of a file that has some."""
+    if raw.columns is None:
+        return None
+    columns, mapped = raw.columns, reading.columns
+    wanted = [*mapped.items(), *([("key", reading.key)] if reading.key is not None else [])]
+    wrongs = [
+        f"{name}: there is no column {each!r}{_hint(each, columns)}" for name, each in wanted if each not in columns
+    ]
+    taken = {*mapped.values(), reading.key, *(() if reading.key else KEY_COLUMNS), *_KNOWN}
+    strange = [name for name in columns if name not in taken and not _is_ignored(name, reading)]
+    if not {*columns, *mapped, *reading.defaults} & _SAYING:
+        wrongs.append("no column holds the text: say which with --map text=COLUMN")
+    if strange:
+        options = " ".join(f"--ignore {name!r}" for name in strange)
+        names = ", ".join(f"{name!r}{_hint(name, _KNOWN)}" for name in strange)
+        wrongs.append(f"no field is called {names}; leave out what is none with {options}")
+    return Problem(Source(raw.source.file, 1), "; ".join(wrongs)) if wrongs else None
+
+
+def _is_ignored(name: str, reading: Reading) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in reading.ignored)
+
+
+def _given_of(raw: RawRow, reading: Reading) -> dict[str, Any]:
+    """What a row says itself, by field."""
+    columns, has_columns = reading.columns, raw.columns is not None
     for name, column in columns.items():
-        if column not in there and (has_columns or name not in reading.defaults):
-            raise _Wrong(f"{name}: there is no {column!r} in it{_hint(column, there)}")
+        if not has_columns and column not in raw.fields and name not in reading.defaults:
+            raise _Wrong(f"{name}: there is no {column!r} in it{_hint(column, raw.fields)}")
     taken = {*columns.values(), reading.key, *(() if reading.key else KEY_COLUMNS)}
     given = {name: raw.fields[column] for name, column in columns.items() if column in raw.fields}
     for name, value in raw.fields.items():
-        if name in taken or any(fnmatch.fnmatchcase(name, pattern) for pattern in reading.ignored):
+        if name in taken or _is_ignored(name, reading):
             continue
-        if name not in _KNOWN and has_columns:
-            raise _Wrong(f"the column {name!r} is no field{_hint(name, _KNOWN)}; leave it out with --ignore {name!r}")
         if name in given:
             raise _Wrong(f"{name} is given by --map and by a column of its own; leave that out with --ignore {name!r}")
         given[name] = value
-    values = {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _fields_of(values: Mapping[str, Any], raw: RawRow, reading: Reading) -> dict[str, Any]:
+    """The same with what is said of all rows, of the types that the schema wants."""
+    has_columns = raw.columns is not None
     operation = values.get("operation", reading.defaults.get("operation"))
     fields = {name: typed(name, text, operation) for name, text in reading.defaults.items() if name not in values}
     fields |= {name: typed(name, v, operation) if has_columns else v for name, v in values.items()}
@@ -337,7 +391,7 @@ def typed(name: str, text: Any, operation: object = None) -> Any:
         return text.strip().lower() == "true"
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -23,11 +23,18 @@ from scripts.batch.rates import Bucket
 PATIENCE_S = 900.0
 """For so long an endpoint that cannot be reached is asked again."""
 
+FIRST_PATIENCE_S = 45.0
+"""For so long one that has never answered: it may not be there at all."""
+
+DOWNLOAD_PATIENCE_S = 60.0
+"""For so long an address of audio."""
+
 _LONGEST_WAIT_S = 30.0
 _LONGEST_PAUSE_S = 300.0  # that we let a Retry-After ask for
 _MAX_CONNECTIONS = 16
 _TIMEOUT = httpx.Timeout(120.0, connect=15.0, pool=None)
 _MAX_REDIRECTS = 3
+_TOO_LARGE = 413
 
 
 class Refused(Exception):  # noqa: N818 - an answer, more than an error
@@ -44,7 +51,16 @@ class Refused(Exception):  # noqa: N818 - an answer, more than an error
 
 
 class DownloadError(Exception):
-    """Audio that cannot be had from its address, or not now."""
+    """Audio that cannot be had from its address, or not now.
+
+    Args:
+        message: why.
+        may_pass: whether it may be had from a new address.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class _Passing(Exception):  # noqa: N818 - is waited out
@@ -73,8 +89,6 @@ class Client:
     Raises:
         EndpointError: for an address that would show the key on its way, and a key that is none.
 
-    Attributes:
-        num_repeated: how many requests were sent again.
     """
 
     def __init__(
@@ -99,7 +113,7 @@ class Client:
         self._http = httpx.AsyncClient(headers=headers, **options)
         # Of addresses that results name: without our key.
         self._downloads = httpx.AsyncClient(follow_redirects=True, max_redirects=_MAX_REDIRECTS, **options)
-        self.num_repeated = 0
+        self._has_answered = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -150,23 +164,25 @@ class Client:
             DownloadError: it cannot be had. The message does not hold the address, which may be a secret.
         """
         try:
-            async for attempt in self._attempts("download", patience_s=min(self._patience_s, 60.0)):
+            async for attempt in self._attempts("download", patience_s=min(self._patience_s, DOWNLOAD_PATIENCE_S)):
                 with attempt:
                     return await self._download(url, path, max_bytes)
         except (_Passing, Refused) as error:
-            raise DownloadError(f"the audio could not be fetched: {error}") from error
+            is_too_large = isinstance(error, Refused) and error.status == _TOO_LARGE
+            raise DownloadError(f"the audio could not be fetched: {error}", may_pass=not is_too_large) from error
         raise AssertionError("unreachable")
 
     # ------------------------------------------------------------------------------
 
     async def _ask(self, operation: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        patience_s = self._patience_s if self._has_answered else min(self._patience_s, FIRST_PATIENCE_S)
         try:
-            async for attempt in self._attempts(operation, self._patience_s):
+            async for attempt in self._attempts(operation, patience_s):
                 with attempt:
                     await self._buckets[operation].take()
                     return await self._answer(operation, method, path, body)
         except _Passing as error:
-            raise EndpointError(f"{operation}: gave up after {self._patience_s:g} s: {error}") from error
+            raise EndpointError(f"{self._url}: {operation}: gave up after {patience_s:g} s: {error}") from error
         raise AssertionError("unreachable")
 
     def _attempts(self, operation: str, patience_s: float) -> AsyncRetrying:
@@ -177,7 +193,6 @@ class Client:
             return max(backoff(state), getattr(error, "wait_s", 0.0))
 
         def tell(state: RetryCallState) -> None:
-            self.num_repeated += 1
             self._on_trouble(operation, str(state.outcome.exception() if state.outcome is not None else ""))
 
         return AsyncRetrying(
@@ -195,6 +210,7 @@ class Client:
             raise EndpointError(f"the request cannot be sent: {type(error).__name__}") from None
         except httpx.RequestError as error:
             raise _Passing(f"{type(error).__name__} {error}".strip()) from error
+        self._has_answered = True
         if response.status_code == 429:
             wait_s = _retry_after_s(response)
             self._buckets[operation].pause(wait_s)
@@ -231,9 +247,9 @@ class Client:
                     async for data in response.aiter_bytes():
                         num_bytes += len(data)
                         if num_bytes > max_bytes:
-                            raise Refused(413, f"it is larger than --max-audio-bytes ({max_bytes:,})")
+                            raise Refused(_TOO_LARGE, f"it is larger than --max-audio-bytes ({max_bytes:,})")
                         file.write(data)
-        except (httpx.TransportError, httpx.TooManyRedirects) as error:
+        except httpx.RequestError as error:
             raise _Passing(type(error).__name__) from error
         except httpx.InvalidURL as error:
             raise Refused(400, "its address is none") from error

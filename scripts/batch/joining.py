@@ -60,7 +60,12 @@ def joined_suffix() -> str:
 
 
 def join_book(
-    parts: Sequence[AudioPart], target: Path, about: Mapping[str, str], is_stopping: Callable[[], bool]
+    parts: Sequence[AudioPart],
+    target: Path,
+    about: Mapping[str, str],
+    is_stopping: Callable[[], bool],
+    *,
+    replaces: bool = False,
 ) -> Path:
     """Join parts. Blocks.
 
@@ -69,6 +74,7 @@ def join_book(
         target: where to, without suffix.
         about: title and author.
         is_stopping: asked now and then.
+        replaces: whether what lies there is of an earlier time.
 
     Returns:
         The M4B; the playlist where there is no encoder. What is there is whole.
@@ -83,8 +89,8 @@ def join_book(
         path = target.with_name(target.name + suffix)
         if suffix in subtitles:
             files.write_text(path, subtitles[suffix])
-        else:
-            path.unlink(missing_ok=True)  # of parts that were there before
+        elif replaces:
+            path.unlink(missing_ok=True)
     playlist = target.with_name(target.name + LIST_SUFFIX)
     files.write_text(playlist, _playlist(parts, durations_s, target.parent, about))
     if not can_join():
@@ -150,6 +156,8 @@ def _frames(part: AudioPart, rate: int) -> Iterator[Any]:
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)
     try:
         with av.open(str(part.path)) as container:
+            if not container.streams.audio:
+                raise JoinError(f"{part.path.name} holds no audio")
             for frame in container.decode(audio=0):
                 yield from resampler.resample(frame)
             yield from resampler.resample(None)

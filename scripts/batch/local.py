@@ -14,6 +14,11 @@ _RESULT_BYTES = 500_000_000
 _TIMEOUT_S = 86_400.0
 
 
+def kept_in(folder: Path) -> Path:
+    """Where workers keep what they did, for a run that goes on: all audio once more."""
+    return folder / ".work"
+
+
 @contextlib.contextmanager
 def local_endpoint(num_workers: int, folder: Path) -> Iterator[LocalPlatform]:
     """An endpoint with so many workers, until the end of the block.
@@ -25,7 +30,7 @@ def local_endpoint(num_workers: int, folder: Path) -> Iterator[LocalPlatform]:
     logs.mkdir(parents=True, exist_ok=True)
     defaults = {
         "MODEL": DEFAULT_MODEL,
-        "WORK_DIR": str((folder / ".work").resolve()),
+        "WORK_DIR": str(kept_in(folder).resolve()),
         "MAX_RESULT_BYTES": str(_RESULT_BYTES),
         "JOB_TIMEOUT_S": "0",
         "LOG_FORMAT": "text",

@@ -19,7 +19,7 @@ import itertools
 import json
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,7 @@ from typing import Any, Self
 from scripts.batch import names
 from scripts.batch.checking import Part, Row
 from scripts.batch.errors import BatchError
+from scripts.batch.rows import SUFFIXES
 
 FILE = "batch.sqlite"
 
@@ -39,6 +40,7 @@ CREATE TABLE rows (
     key TEXT PRIMARY KEY, position INTEGER, folded TEXT NOT NULL UNIQUE, stem TEXT NOT NULL,
     joined TEXT, joined_of TEXT, join_error TEXT
 ) WITHOUT ROWID;
+CREATE TABLE abandoned (job_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE tasks (
     key TEXT, part INTEGER, digest TEXT NOT NULL, state TEXT NOT NULL, job_id TEXT,
     attempts INTEGER NOT NULL DEFAULT 0, worker_s REAL NOT NULL DEFAULT 0,
@@ -108,12 +110,6 @@ class Changes:
     new: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
-    abandoned_jobs: list[str] = field(default_factory=list)
-
-    def abandon(self, task: Task) -> None:
-        """Nobody wants it any more."""
-        if task.state == SENT and task.job_id is not None:
-            self.abandoned_jobs.append(task.job_id)
 
 
 class Manifest:
@@ -178,11 +174,10 @@ class Manifest:
             BatchError: the folder has the batch of another input, and may have it by chance.
         """
         before = self._database.execute("SELECT value FROM about WHERE name = 'input'").fetchone()
-        path = str(source.resolve())
+        path = str(source.resolve()).encode("utf-8", "backslashreplace").decode()
         if before is not None and before[0] != path and not is_meant:
-            raise BatchError(
-                f"{self._folder} holds what became of {before[0]}; say --out {self._folder} to go on there"
-            )
+            ways = f"say --out with another folder, or --out {self._folder} to go on there"
+            raise BatchError(f"{self._folder} holds what became of {before[0]}; {ways}")
         self._database.execute("INSERT OR REPLACE INTO about VALUES ('input', ?)", (path,))
 
     def meet(self, rows: Sequence[Row], *, is_all: bool, endpoint: str, retry_failed: bool) -> Changes:
@@ -198,11 +193,12 @@ class Manifest:
         with self._transaction():
             self._forget_jobs_elsewhere(endpoint)
             known = {key for (key,) in self._database.execute("SELECT key FROM rows")}
+            foreign = {names.folded(path.stem) for path in self._folder.iterdir() if _may_be_in_the_way(path)}
             if is_all:
                 self._let_go(known - {row.key for row in rows}, changes)
                 self._database.execute("UPDATE rows SET position = NULL")
             for row in rows:
-                self._meet_row(row, row.key not in known, changes)
+                self._meet_row(row, row.key not in known, foreign, changes)
             if retry_failed:
                 retry = "UPDATE tasks SET state = ?, attempts = 0, job_id = NULL WHERE key = ? AND state = ?"
                 self._database.executemany(retry, [(WAITING, row.key, FAILED) for row in rows])
@@ -213,13 +209,13 @@ class Manifest:
         changes.gone = sorted(keys)
         for task in itertools.chain(*(self.tasks(key) for key in changes.gone)):
             if task.state == SENT:
-                changes.abandon(task)
+                self._abandon(task)
                 self.note_waiting(task)
 
-    def _meet_row(self, row: Row, is_new: bool, changes: Changes) -> None:
+    def _meet_row(self, row: Row, is_new: bool, foreign: Container[str], changes: Changes) -> None:
         if is_new:
             changes.new.append(row.key)
-            stem = self._free_stem(row.name or row.key, row.key)
+            stem = self._free_stem(row.name or row.key, row.key, foreign)
             insert = "INSERT INTO rows (key, position, folded, stem) VALUES (?, ?, ?, ?)"
             self._database.execute(insert, (row.key, row.position, names.folded(stem), stem))
         else:
@@ -229,30 +225,42 @@ class Manifest:
         for number, part in enumerate(row.parts):
             if number not in before or before[number].digest != part.digest:
                 differs = True
-                self._begin_anew(row.key, number, part, before.get(number), changes)
+                self._begin_anew(row.key, number, part, before.get(number))
         for task in [*before.values()][len(row.parts) :]:
-            changes.abandon(task)
+            self._abandon(task)
         self._database.execute("DELETE FROM tasks WHERE key = ? AND part >= ?", (row.key, len(row.parts)))
         if differs and before:
             changes.changed.append(row.key)
 
-    def _begin_anew(self, key: str, number: int, part: Part, before: Task | None, changes: Changes) -> None:
+    def _begin_anew(self, key: str, number: int, part: Part, before: Task | None) -> None:
         if before is not None:
-            changes.abandon(before)
+            self._abandon(before)
         file = None if before is None else before.file  # replaced, or removed, once there is another
         insert = "INSERT OR REPLACE INTO tasks (key, part, digest, state, file) VALUES (?, ?, ?, ?, ?)"
         self._database.execute(insert, (key, number, part.digest, WAITING, file))
 
-    def _free_stem(self, name: str, key: str) -> str:
-        stem = names.stem_of(name)
-        taken = self._database.execute("SELECT 1 FROM rows WHERE folded = ?", (names.folded(stem),)).fetchone()
-        return names.distinct_stem_of(key) if taken else stem
+    def _abandon(self, task: Task) -> None:
+        """Nobody wants what it may have under way; it is to be cancelled, in whatever run."""
+        if task.state == SENT:
+            self._database.execute("INSERT OR IGNORE INTO abandoned VALUES (?)", (task.job_id,))
+
+    def _free_stem(self, name: str, key: str, foreign: Container[str]) -> str:
+        """A name for files of which there are none: what a user has in the folder is not written over."""
+        stem, number = names.stem_of(name), 1
+        while names.folded(stem) in foreign or self._is_taken(stem):
+            stem, number = names.distinct_stem_of(key, number), number + 1
+        return stem
+
+    def _is_taken(self, stem: str) -> bool:
+        select = "SELECT 1 FROM rows WHERE folded = ?"
+        return self._database.execute(select, (names.folded(stem),)).fetchone() is not None
 
     def _forget_jobs_elsewhere(self, endpoint: str) -> None:
         before = self._database.execute("SELECT value FROM about WHERE name = 'endpoint'").fetchone()
         if before is not None and before[0] != endpoint:
             forget = "UPDATE tasks SET state = ?, job_id = NULL WHERE state = ?"
             self._database.execute(forget, (WAITING, SENT))
+            self._database.execute("DELETE FROM abandoned")
         self._database.execute("INSERT OR REPLACE INTO about VALUES ('endpoint', ?)", (endpoint,))
 
     # ------------------------------------------------------------------------------ what there is
@@ -271,12 +279,26 @@ class Manifest:
         """The name of a row's file, without extension."""
         return str(self._database.execute("SELECT stem FROM rows WHERE key = ?", (key,)).fetchone()[0])
 
-    def open_rows(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Those of which something is left to do: what they ask for is not what was done."""
+    def open_rows(self, rows: Iterable[Row], *, retry_failed: bool) -> Iterator[Row]:
+        """Those of which something is left to do: what they ask for is not what was done, or has failed for good."""
+        over = (DONE,) if retry_failed else (DONE, FAILED)
         for row in rows:
-            done = [task.digest for task in self.tasks(row.key) if task.state == DONE]
-            if done != [part.digest for part in row.parts]:
+            ended = [task.digest for task in self.tasks(row.key) if task.state in over]
+            if ended != [part.digest for part in row.parts]:
                 yield row
+
+    def abandoned_jobs(self) -> list[str]:
+        """Ids of jobs that nobody wants, and that may be under way."""
+        return [job_id for (job_id,) in self._database.execute("SELECT job_id FROM abandoned")]
+
+    def note_cancelled(self, job_id: str) -> None:
+        """A job that nobody wants is not under way any more."""
+        self._database.execute("DELETE FROM abandoned WHERE job_id = ?", (job_id,))
+
+    def is_done(self, key: str) -> bool:
+        """Whether all jobs of a row are."""
+        select = "SELECT 1 FROM tasks WHERE key = ? AND state != ? LIMIT 1"
+        return self._database.execute(select, (key, DONE)).fetchone() is None
 
     def joined(self, key: str) -> Joined:
         """What came of joining a row's parts."""
@@ -347,6 +369,11 @@ class _Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def _may_be_in_the_way(path: Path) -> bool:
+    """Whether a file may have a name that audio, subtitles or a playlist would get."""
+    return path.suffix.lower() not in (*SUFFIXES, ".sqlite") and not path.name.startswith((".", FILE))
 
 
 def digest_of(tasks: Iterable[Task]) -> str:

@@ -24,9 +24,9 @@ def stem_of(key: str) -> str:
     return f"_{text}" if _RESERVED.fullmatch(text.partition(".")[0]) else text
 
 
-def distinct_stem_of(key: str) -> str:
-    """Another, which no other key has."""
-    return f"{stem_of(key)}-{digest(key)}"
+def distinct_stem_of(key: str, number: int) -> str:
+    """Others, of which hardly any other key has the first."""
+    return f"{stem_of(key)}-{digest(key)}" + (f"-{number}" if number > 1 else "")
 
 
 def folded(stem: str) -> str:

@@ -86,7 +86,7 @@ def _failure(status: str, error: object, output: object) -> Failure:
     code = told.get("error_code")
     if not isinstance(code, str):
         return Failure("internal", _first_line(message), True)
-    return Failure(code, _first_line(message), code in MAY_PASS | OF_THE_ENDPOINT)
+    return Failure(_first_line(code), _first_line(message), code in MAY_PASS | OF_THE_ENDPOINT)
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _object(value: object) -> dict[str, Any]:
 
 
 def _first_line(message: object) -> str:
-    lines = str(message).strip().splitlines()
+    lines = str(message).encode("utf-8", "replace").decode().strip().splitlines()  # no half of a character
     return lines[0][:500] if lines else "no reason was given"
 
 

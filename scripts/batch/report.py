@@ -13,12 +13,12 @@ from scripts.batch import files
 from scripts.batch.costs import Rates, as_time, as_usd
 from scripts.batch.manifest import DONE, FAILED, SENT, WAITING, WRITTEN, Joined, Manifest, Task, digest_of
 from scripts.batch.outcomes import JOIN_FAILED
+from scripts.console import counted
 
 FILE = "results.jsonl"
 
 _COPIED = ("duration_s", "seed", "format", "sample_rate", "model", "voice", "watermarked", "repeated")
 _WORST_FIRST = (FAILED, WAITING, SENT, WRITTEN, DONE)
-_SHOWN_FAILURES = 10
 
 
 @dataclass
@@ -27,24 +27,27 @@ class Summary:
 
     Args:
         rows, done, failed, open: numbers of rows.
-        audio_s: of all that is done.
+        left_out: problems of rows that are not among them.
+        audio_s: of all that is done; run_audio_s of what this run did.
         worker_s: of all attempts. Jobs that share a worker count each, so this is more than the worker's time.
         usd: what that costs at most; None where there is no price.
         wall_s: of this run.
         failures: key and why.
-        files: where to look.
+        results: the file with all of them.
     """
 
     rows: int = 0
     done: int = 0
     failed: int = 0
     open: int = 0
+    left_out: int = 0
     audio_s: float = 0.0
+    run_audio_s: float = 0.0
     worker_s: float = 0.0
     usd: float | None = None
     wall_s: float = 0.0
     failures: list[tuple[str, str]] = field(default_factory=list)
-    folder: str = ""
+    results: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "failures": [{"key": key, "error": error} for key, error in self.failures]}
@@ -54,20 +57,21 @@ class Summary:
         counts = [f"{self.done:,} of {self.rows:,} rows done"]
         counts += [f"{self.failed:,} failed"] if self.failed else []
         counts += [f"{self.open:,} not done yet"] if self.open else []
-        pace = f" ({self.audio_s / self.wall_s:.1f} s of audio per second)" if self.wall_s >= 1 and self.done else ""
-        yield f"{', '.join(counts)}; {as_time(self.audio_s)} of audio in {as_time(self.wall_s)}{pace}"
+        counts += [f"left out for {counted(self.left_out, 'problem')}"] if self.left_out else []
+        yield f"{', '.join(counts)}; {as_time(self.audio_s)} of audio"
+        if self.run_audio_s and self.wall_s >= 1:
+            pace = self.run_audio_s / self.wall_s
+            yield f"of it in this run {as_time(self.run_audio_s)} in {as_time(self.wall_s)}, {pace:.1f} × real time"
         cost = f": at most {as_usd(self.usd)} (jobs that shared a worker are counted each)" if self.usd else ""
         yield f"workers spent {as_time(self.worker_s)} on it{cost}"
-        for key, error in self.failures[:_SHOWN_FAILURES]:
-            yield f"  failed: {key}: {error}"
-        if len(self.failures) > _SHOWN_FAILURES:
-            yield f"  and {len(self.failures) - _SHOWN_FAILURES:,} more"
-        yield f"results: {self.folder}"
+        if self.failures:
+            yield "what failed is tried again with --retry-failed"
+        yield f"results: {self.results}"
 
 
-def write_results(manifest: Manifest, folder: Path, keys: Container[str], rates: Rates, wall_s: float) -> Summary:
+def write_results(manifest: Manifest, folder: Path, keys: Container[str], rates: Rates) -> Summary:
     """Write `results.jsonl`, of all rows of the batch; gives the summary of those of the run."""
-    summary = Summary(wall_s=wall_s, folder=str(folder / FILE))
+    summary = Summary(results=str(folder / FILE))
     lines = []
     for key, tasks in groupby(manifest.tasks(), key=lambda task: task.key):
         line = _line(key, list(tasks), manifest.joined(key))
@@ -75,7 +79,10 @@ def write_results(manifest: Manifest, folder: Path, keys: Container[str], rates:
             _count(summary, line)
         lines.append(json.dumps(line, ensure_ascii=False))
     summary.usd = rates.usd(summary.worker_s)
-    files.write_text(folder / FILE, "".join(f"{line}\n" for line in lines))
+    text = "".join(f"{line}\n" for line in lines)
+    files.write_text(
+        folder / FILE, text.encode("utf-8", "backslashreplace").decode()
+    )  # half a character: as JSON has it
     return summary
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,7 @@ class RawRow:
 
     source: Source
     fields: Mapping[str, Any]
-    columns: frozenset[str] | None = None
+    columns: tuple[str, ...] | None = None
     fallback: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
@@ -137,11 +138,11 @@ def _all_lines(path: Path, encoding: str) -> Iterator[tuple[int, str | Problem]]
         yield from _lines(path, encoding)
         return
     try:
-        lines = path.read_bytes().decode(encoding).splitlines(keepends=True)
+        text = path.read_bytes().decode(encoding)
     except UnicodeDecodeError as error:
         yield 1, Problem(Source(path, 1), f"byte {error.start} is not {encoding}")
         return
-    yield from enumerate(lines, 1)
+    yield from enumerate(io.StringIO(text, newline=""), 1)
 
 
 def _json_lines(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
@@ -154,7 +155,7 @@ def _json_lines(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
 
 def _json_row(source: Source, line: str) -> RawRow | Problem:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return Problem(source, f"not JSON: {error}")
     if not isinstance(row, dict):
@@ -167,6 +168,10 @@ def _json_row(source: Source, line: str) -> RawRow | Problem:
         beside = {name: row[name] for name in _BESIDE_INPUT if row.get(name) is not None}
         return RawRow(source, {**{name: row[name] for name in ("key", "id") if name in row}, **inside}, beside=beside)
     return RawRow(source, row)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _csv(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
@@ -208,7 +213,7 @@ def _csv_rows(path: Path, reader: Any, names: list[str], bad: list[Problem]) -> 
     Args:
         bad: lines that cannot be read, put there while the reader reads a row: one of that row's.
     """
-    columns = frozenset(filter(None, names))
+    columns = tuple(filter(None, names))
     while True:
         source = Source(path, reader.line_num + 1)
         try:
@@ -223,6 +228,8 @@ def _csv_rows(path: Path, reader: Any, names: list[str], bad: list[Problem]) -> 
         if bad:
             yield from bad
             bad.clear()
+        elif any(cell.strip() for cell, name in zip(cells, names, strict=False) if not name):
+            yield Problem(source, "a cell is in a column without a name; is a text with a comma not in quotes?")
         elif len(cells) > len(names):
             more = f"{len(cells)} cells, and {len(names)} columns have names; is a text with a comma not in quotes?"
             yield Problem(source, more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ _GRACE_S = 5.0
 """For so long what is being sent when a run is stopped may take to be answered."""
 
 _MAX_USELESS = 3
+_PARTS = "-parts"
+"""Behind the name of a folder with a text's parts: no file of another row is called so."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,9 @@ class Runner:
         path = self._folder / file
         try:
             num_bytes = await self._write(path, end, result)
-        except (DownloadError, ValueError) as error:
+        except DownloadError as error:
+            return Failure("download_failed", str(error), error.may_pass)
+        except ValueError as error:
             return Failure("download_failed", str(error), True)
         if not num_bytes:
             return Failure(NO_RESULT, "the result holds no audio", True)
@@ -268,7 +273,7 @@ class Runner:
         if not self._rows[task.key].is_book:
             return f"{stem}.{suffix}"
         title = self._part(task).title
-        return f"{stem}/{task.part + 1:03d}{f'-{names.stem_of(title)}' if title else ''}.{suffix}"
+        return f"{stem}{_PARTS}/{task.part + 1:03d}{f'-{names.stem_of(title)}' if title else ''}.{suffix}"
 
     # ------------------------------------------------------------------------------ books
 
@@ -284,18 +289,19 @@ class Runner:
         if not row.is_book:
             return
         async with self._joining:
-            tasks = list(self._manifest.tasks(row.key))
-            if any(task.state != DONE for task in tasks):
+            if not self._manifest.is_done(row.key):
                 return
+            tasks = list(self._manifest.tasks(row.key))
             joined, digest = self._manifest.joined(row.key), digest_of(tasks)
-            is_best = joined.file is not None and joined.file.endswith(joined_suffix())
-            if joined.of == digest and joined.file is not None and is_best and (self._folder / joined.file).is_file():
+            if joined.of == digest and joined.file is not None and _is_best(self._folder / joined.file):
                 return
             self._board.joining(row)
             target = self._folder / self._manifest.stem(row.key)
             parts = [*self._audio_parts(row, tasks)]
             try:
-                path = await asyncio.to_thread(join_book, parts, target, row.book, self._stopping.is_set)
+                path = await asyncio.to_thread(
+                    join_book, parts, target, row.book, self._stopping.is_set, replaces=joined.of is not None
+                )
             except JoinError as error:
                 self._manifest.note_not_joined(row.key, digest, str(error))
                 self._board.not_joined(row, str(error))
@@ -311,14 +317,22 @@ class Runner:
 
 
 def _told(result: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
-    """What is kept of a result in the manifest."""
+    """What is kept of a result in the manifest, of the types that it should have: a worker may be of any version."""
     kept = {name: value for name, value in result.items() if name not in _LEFT_OUT}
+    warnings, timings, duration_s = (result.get(name) for name in ("warnings", "timings", "duration_s"))
+    kept["warnings"] = [each for each in warnings if isinstance(each, str)] if isinstance(warnings, list) else []
+    kept["timings"] = timings if isinstance(timings, dict) else {}
+    kept["duration_s"] = float(duration_s) if isinstance(duration_s, int | float) else 0.0
     return {**kept, "platform": {"wait_s": outcome.wait_s, "worker_s": outcome.worker_s}}
+
+
+def _is_best(path: Path) -> bool:
+    """Whether a joined file is there, of the kind that can be made here."""
+    return path.name.endswith(joined_suffix()) and path.is_file() and path.stat().st_size > 0
 
 
 def _write_parts(path: Path, parts: Sequence[bytes]) -> int:
     with files.writing(path) as file:
         file.writelines(parts)
-        num_bytes = file.tell()
         finish_sizes(file)  # a wav that was streamed was begun before its length was known
-    return num_bytes
+        return file.seek(0, os.SEEK_END)

@@ -42,7 +42,7 @@ class Fleet(LocalPlatform):
     Attributes:
         asked: the inputs of all jobs that workers took, as they came.
         made: how often a result was made under each key. What is made is kept, as a worker keeps it.
-        num_refused: answers of 429.
+        num_refused, num_unknown: answers of 429, and of 404.
         lost_share: of the answers to /run, which are cut off behind the job's taking.
         is_open: while cleared, workers take nothing.
         on_job: told of each job that a worker takes, whole.
@@ -53,7 +53,7 @@ class Fleet(LocalPlatform):
         self.asked: list[dict[str, Any]] = []
         self.made: collections.Counter[str] = collections.Counter()
         self.requests: collections.Counter[str] = collections.Counter()
-        self.num_refused = 0
+        self.num_refused = self.num_unknown = 0
         self.lost_share = 0.0
         self.is_open = threading.Event()
         self.is_open.set()
@@ -151,6 +151,7 @@ class Fleet(LocalPlatform):
             response = await handler(request)
         except Refused as refused:
             self.num_refused += refused.status == 429
+            self.num_unknown += refused.status == 404
             raise
         if operation == "run" and self._random.random() < self.lost_share and request.transport is not None:
             request.transport.abort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.scripts.batches import (
     on,
     results,
     run,
+    texts,
     write_rows,
 )
 from tests.scripts.books import write_epub
@@ -134,13 +136,36 @@ def test_what_stands_beside_a_jobs_input_goes_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "arguments", "words"),
     [
-        ("key,text\na,Hello.\n", ["--map", "voice_name=Speaker"], "voice_name: there is no 'Speaker' in it"),
-        ("key,text\na,Hello.\n", ["--map", "seed=Sed", "--set", "seed=1"], "seed: there is no 'Sed' in it"),
+        (
+            "key,text\na,Hello.\n",
+            ["--map", "voice_name=Speaker"],
+            "rows.csv:1: voice_name: there is no column 'Speaker'",
+        ),
+        (
+            "key,text\na,Hello.\n",
+            ["--map", "seed=Sed", "--set", "seed=1"],
+            "rows.csv:1: seed: there is no column 'Sed'",
+        ),
         ("key,text\na,Hello.\n", ["--set", "idempotency_key=one"], "each job has to have its own"),
         ("key,text,idempotency_key\na,Hi.,x\nb,Ho.,x\n", [], "the idempotency_key 'x' is that of"),
         ("key,text\na,Hello.\n", ["--encoding", "nonsense"], "--encoding nonsense: no such encoding"),
         ("key,text\na,Hello.\n", ["--encoding", "base64"], "--encoding base64: no such encoding"),
         ('key,"te\nxt\na,Hello.\n', [], "not CSV"),
+        ("key,text,\na,Hello, world.\n", [], "rows.csv:2: a cell is in a column without a name"),
+        ("text,segments\nHi.," + "[" * 200_000 + "\n", [], "rows.csv:2: segments: expected a list"),
+        ("No,Sentence\n1,Hi.\n2,Ho.\n", [], "say which with --map text=COLUMN"),
+        ("No,text,Who\n1,Hi.,Ann\n", [], "leave out what is none with --ignore 'No' --ignore 'Who'"),
+        ("key,text\na,Hello.\n", ["--key", "kee"], "rows.csv:1: key: there is no column 'kee'; did you mean key?"),
+        ("key,text\na,Hello.\n", ["--only", "b*"], "no row has a key that is 'b*'"),
+        ("key,text\n", [], "holds no rows"),
+        ("text,reference_audio\nHi.,AAA\n", [], "rows.csv:2: reference_audio: expected base64"),
+        ("text,reference_audio\nHi.,file:nowhere.wav\n", [], "rows.csv:2: reference_audio: cannot read nowhere.wav"),
+        (
+            "text,reference_audio\nHi.,https://u:p@x.example/x.wav\n",
+            [],
+            "rows.csv:2: reference_audio: the address is not",
+        ),
+        ("text,reference_audio\nHi.,ftp://x.example/x.wav\n", [], "does not fetch ftp: addresses"),
     ],
 )
 def test_what_is_wrong_with_columns_and_options_is_told_before_anything_is_sent(
@@ -230,3 +255,56 @@ def test_without_an_endpoint_or_its_key_nothing_begins(tmp_path: Path) -> None:
     assert without_key.returncode == 2 and "RUNPOD_API_KEY" in without_key.stderr
     plain = run(EXAMPLE, "--out", tmp_path, "--endpoint", "x", "--api-url", "http://x.example", RUNPOD_API_KEY="k")
     assert plain.returncode == 2 and "https" in plain.stderr
+
+
+def test_recordings_of_this_machine_go_along_and_new_ones_make_a_row_another(tmp_path: Path) -> None:
+    recording, out = tmp_path / "voice.wav", tmp_path / "out"
+    source = write_rows(tmp_path / "rows.csv", [{"key": "a", "text": "Hi.", "reference_audio": f"file:{recording}"}])
+    with fleet_of() as fleet:
+        for content in (b"one", b"one", b"two"):
+            recording.write_bytes(content)
+            assert on(fleet, source, "--out", out).returncode == 0
+        assert [base64.b64decode(fields["reference_audio"]) for fields in fleet.asked] == [b"one", b"two"]
+
+
+def test_each_problem_of_the_columns_is_told_once(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.csv", [{"No": str(number), "Sentence": "Hi."} for number in range(100)])
+    done = run(source, "--dry-run", "--map", "text=Sentence")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
+
+
+@pytest.mark.parametrize("policy", ['{"ttl": NaN}', '{"ttl": "soon"}', '{"executionTimeout": -1}', "[]"])
+def test_a_policy_that_the_platform_would_not_take_is_told(tmp_path: Path, policy: str) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"input": {"text": "Hi."}, "policy": ' + policy + "}\n")
+    done = run(source, "--dry-run")
+    assert done.returncode == 2 and f"{source}:1: " in done.stderr, done.stderr
+
+
+def test_a_line_ends_where_it_does_in_any_encoding(tmp_path: Path) -> None:
+    source = tmp_path / "rows.csv"
+    source.write_bytes("key,text\na,One\u2028line.\n".encode("utf-16"))
+    done = run(source, "--dry-run", "--encoding", "utf-16")
+    assert done.returncode == 0 and done.stderr.startswith("1 row, "), done.stderr
+
+
+def test_any_name_of_an_input_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_rows(Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.csv")), texts(1))
+    (tmp_path / "book" / "deep").mkdir(parents=True)
+    (tmp_path / "book" / "a.txt").write_text("Hello.")
+    monkeypatch.chdir(tmp_path / "book" / "deep")
+    with fleet_of() as fleet:
+        assert on(fleet, source, "--out", tmp_path / "out").returncode == 0
+        assert on(fleet, "..").returncode == 0
+        assert (tmp_path / "book" / "deep" / "out" / "book" / "a.wav").is_file()
+
+
+def test_folders_and_endpoints_that_cannot_be_are_wrong_usage(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.csv", texts(1))
+    lines = tmp_path / "results.jsonl"
+    lines.write_text('{"text": "Hi."}\n')
+    with fleet_of() as fleet:
+        assert on(fleet, source, "--out", source).returncode == 2
+        assert on(fleet, lines, "--out", tmp_path).returncode == 2
+        assert on(fleet, source, "--out", tmp_path / "out", "--endpoint", "my endpoint").returncode == 2
+        assert not fleet.asked and lines.read_text() == '{"text": "Hi."}\n'

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
 import itertools
 import json
 import random
+import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import soundfile
 
 from scripts.batch import files
 from scripts.batch.manifest import Manifest
-from scripts.local_platform.jobs import Job, Status
+from scripts.local_platform.jobs import Job, Refused, Status
 from tests.scripts.batches import (
     EXAMPLE,
     at,
@@ -44,6 +47,7 @@ def test_the_example_becomes_audio_files_on_this_machine(tmp_path: Path) -> None
     done = run_apart(EXAMPLE, "--local", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = results(tmp_path)
+    assert "with the draft voice" in done.stderr and not (tmp_path / ".work").exists()
     with EXAMPLE.open(encoding="utf-8") as file:
         assert list(rows) == [row["key"] for row in csv.DictReader(file)]
     for row in rows.values():
@@ -319,7 +323,7 @@ def test_a_book_that_cannot_be_joined_has_failed_with_its_parts_kept(tmp_path: P
     source, out = write_rows(tmp_path / "rows.csv", [{"key": "long", "text": text}]), tmp_path / "out"
     with fleet_of() as fleet:  # whose audio is none
         done = on(fleet, source, "--out", out, "--part-chars", 3000, "--quiet")
-        assert done.returncode == 1 and "not joined: long: 001-Part-1.wav cannot be read" in done.stderr
+        assert done.returncode == 1 and "not joined: long: 001-Part-1.opus cannot be read" in done.stderr
         row = results(out)["long"]
         assert (row["state"], row["error_code"], row["file"]) == ("failed", "join_failed", None)
         assert all((out / part["file"]).is_file() for part in row["parts"])
@@ -375,6 +379,154 @@ def test_what_went_wrong_is_told_even_when_all_else_is_not(tmp_path: Path) -> No
         fleet.answer = lambda fields: spoken(fields) if "0" in fields["text"] else {"error": "no", "error_code": "x"}
         done = on(fleet, source, "--out", out, "--quiet")
     assert (done.returncode, done.stderr.splitlines(), done.stdout) == (1, ["failed: row-1: x: no"], "")
+
+
+def test_what_failed_before_is_told_even_when_all_else_is_not(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(2)), tmp_path / "out"
+    with fleet_of() as fleet:
+        fleet.answer = lambda fields: spoken(fields) if "0" in fields["text"] else {"error": "no", "error_code": "x"}
+        assert on(fleet, source, "--out", out).returncode == 1
+        again = on(fleet, source, "--out", out, "--quiet")
+        assert (again.returncode, again.stderr.splitlines()) == (1, ["failed before: row-1: x: no"])
+        assert "--retry-failed" in on(fleet, source, "--out", out).stderr and len(fleet.asked) == 2
+
+
+def test_files_that_are_not_of_the_batch_are_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    theirs = [out / name for name in ("row-0.wav", "Row-1.srt", "long.srt", "long.m3u8", "long.m4b")]
+    for path in theirs:
+        path.write_text("mine")
+    long = "This is a sentence of a text that goes in parts. " * 110
+    source = write_rows(tmp_path / "rows.csv", [*texts(2), {"key": "long", "text": long}])
+    with fleet_of() as fleet:
+        for _ in range(2):
+            on(fleet, source, "--out", out, "--part-chars", 3000, "--set", "subtitles=srt")
+    assert {path.read_text() for path in theirs} == {"mine"}
+    assert audio_of(out, "row-0") == b"None: This is sentence number 0."
+
+
+def test_a_row_without_a_key_is_the_same_whatever_stands_in_columns_that_are_ignored(tmp_path: Path) -> None:
+    source, out = tmp_path / "rows.csv", tmp_path / "out"
+    with fleet_of() as fleet:
+        for rows, more in (
+            ([{"text": "Hi.", "Note": "x"}], []),
+            ([{"text": "Hi.", "Note": "y"}], []),
+            ([{"Says": "Hi.", "Note": "y"}], ["--map", "text=Says"]),
+        ):
+            write_rows(source, rows)
+            assert on(fleet, source, "--out", out, "--ignore", "Note", *more).returncode == 0
+        assert len(fleet.asked) == 1
+
+
+def test_long_texts_go_as_opus_unless_something_else_is_said(tmp_path: Path) -> None:
+    long = "This is a sentence of a text that is long. " * 130
+    source = write_rows(tmp_path / "rows.csv", [{"text": "Short."}, {"text": long}])
+    with fleet_of() as fleet:
+        assert on(fleet, source, "--out", tmp_path / "1").returncode == 0
+        assert on(fleet, source, "--out", tmp_path / "2", "--set", "output_format=mp3").returncode == 0
+        assert [fields.get("output_format") for fields in fleet.asked] == [None, "opus", "mp3", "mp3"]
+
+
+def test_jobs_that_nobody_wants_are_cancelled_by_the_next_run_that_can(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(5)), tmp_path / "out"
+    with Fleet() as fleet:
+        assert interrupted(fleet, source, out, tmp_path / "log") == 130
+        write_rows(source, texts(5)[3:])
+        cancel = fleet._endpoint.cancel
+
+        def refuse(job: Job) -> None:
+            raise Refused(403, "not now")
+
+        fleet._endpoint.cancel = refuse  # type: ignore[method-assign]
+        fleet.is_open.clear()
+        client = start(fleet, source, "--out", out, "--json", log=tmp_path / "log")
+        fleet.wait_until(lambda: (tmp_path / "log").read_text().count('"sent"') == 5)
+        client.kill()
+        client.wait()
+        fleet._endpoint.cancel = cancel  # type: ignore[method-assign]
+        fleet.requests["cancel"] = 0
+        client = start(fleet, source, "--out", out, "--json", log=tmp_path / "log")
+        fleet.wait_until(lambda: fleet.requests["cancel"] == 3)
+        fleet.is_open.set()
+        fleet.work()
+        assert client.wait(30) == 0
+        assert {fields["text"][-2] for fields in fleet.asked} == {"3", "4"}
+
+
+def test_parts_that_a_text_no_longer_has_are_cancelled(tmp_path: Path) -> None:
+    long = "This is a sentence of a text that goes in parts. " * 180
+    source, out = write_rows(tmp_path / "rows.csv", [{"key": "a", "text": long}]), tmp_path / "out"
+    with Fleet() as fleet:
+        assert interrupted(fleet, source, out, tmp_path / "log", "--part-chars", 3000) == 130
+        write_rows(source, [{"key": "a", "text": "Short."}])
+        client = start(fleet, source, "--out", out, log=tmp_path / "log")
+        fleet.wait_until(lambda: fleet.requests["cancel"] == 3)
+        fleet.work()
+        assert client.wait(30) == 0 and len(fleet.asked) == 1
+
+
+def test_at_another_endpoint_jobs_are_not_asked_for_by_ids_of_the_one_before(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(3)), tmp_path / "out"
+    with Fleet() as one, fleet_of() as other:
+        assert interrupted(one, source, out, tmp_path / "log") == 130
+        assert on(other, source, "--out", out).returncode == 0
+        assert other.num_unknown == 0 and len(other.asked) == 3
+
+
+def test_no_more_is_sent_than_the_platform_takes(tmp_path: Path) -> None:
+    source, log = write_rows(tmp_path / "rows.csv", texts(60)), tmp_path / "log"
+    with Fleet(replace(LIMITS, rates={"run": 20})) as fleet:
+        client = start(fleet, source, "--out", tmp_path / "out", "--json", "--rate", "run=20", log=log)
+        fleet.wait_until(lambda: fleet.requests["run"] >= 1)
+        threading.Event().wait(1.5)
+        client.kill()
+        client.wait()
+        assert fleet.num_refused == 0
+
+
+def test_what_was_too_much_once_is_not_tried_by_others(tmp_path: Path) -> None:
+    source, log = write_rows(tmp_path / "rows.csv", texts(60)), tmp_path / "log"
+    with Fleet(replace(LIMITS, rates={"run": 5})) as fleet:
+        fleet.work()
+        client = start(fleet, source, "--out", tmp_path / "out", "--json", "--in-flight", 8, log=log)
+        fleet.wait_until(lambda: log.read_text().count('"done"') == 5)
+        threading.Event().wait(0.5)
+        client.kill()
+        client.wait()
+        assert 0 < fleet.num_refused <= 3
+
+
+@pytest.mark.parametrize(
+    "odd", [{"warnings": None, "timings": None, "duration_s": "x"}, {"error": "half \ud83d", "error_code": "\ud83d"}]
+)
+def test_odd_results_end_no_run(tmp_path: Path, odd: dict[str, Any]) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(2)), tmp_path / "out"
+    with fleet_of() as fleet:
+        fleet.answer = lambda fields: {**spoken(fields), **(odd if "0" in fields["text"] else {})}
+        assert on(fleet, source, "--out", out, "--attempts", 1).returncode == (1 if "error" in odd else 0)
+    rows = results(out)
+    assert rows["row-1"]["state"] == "done" and rows["row-0"]["state"] == ("failed" if "error" in odd else "done")
+
+
+def test_events_are_json_whatever_the_terminal_speaks(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.csv", [{"key": "Ä", "text": "Hi."}])
+    with fleet_of() as fleet:
+        arguments = at(fleet, source, "--out", tmp_path / "out", "--json")
+        done = run_apart(*arguments, RUNPOD_API_KEY=fleet.api_key, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "Ä" in {json.loads(line).get("key") for line in done.stdout.splitlines()}
+
+
+def test_parts_that_are_no_audio_are_no_book(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    text = "This is a sentence of a text that goes in parts. " * 110
+    source, out = write_rows(tmp_path / "rows.csv", [{"key": "long", "text": text}]), tmp_path / "out"
+    subtitles = base64.b64encode(b"1\n00:00:00,000 --> 00:00:01,000\nHello\n").decode()
+    with fleet_of() as fleet:
+        fleet.answer = lambda fields: {**spoken(fields), "audio": subtitles}
+        assert on(fleet, source, "--out", out, "--part-chars", 3000).returncode == 1
+    assert results(out)["long"]["error_code"] == "join_failed"
 
 
 def test_an_account_that_cannot_pay_ends_the_run(tmp_path: Path, paying: Callable[[], str]) -> None:
@@ -474,6 +626,8 @@ def bucket() -> Iterator[Callable[[bytes], str]]:
                 return
             body = data[int(self.path.strip("/"))]
             self.send_response(200)
+            if body.startswith(b"no gzip"):
+                self.send_header("Content-Encoding", "gzip")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -504,10 +658,36 @@ def test_audio_in_a_bucket_is_fetched_up_to_a_size(tmp_path: Path, bucket: Calla
 
     with fleet_of() as fleet:
         fleet.answer = answer
-        done = on(fleet, source, "--out", out, "--max-audio-bytes", 1000, "--attempts", 1)
+        done = on(fleet, source, "--out", out, "--max-audio-bytes", 1000)
         assert done.returncode == 1 and "row-1: download_failed" in done.stderr and "127.0.0.1" not in done.stderr
+        assert len(fleet.asked) == 2, "it does not become smaller by being spoken again"
     assert audio_of(out, "row-0") == bytes(900)
     assert audio_files(out) == {"row-0.wav"}
+
+
+def test_audio_that_arrives_damaged_is_a_failure_of_its_row(
+    tmp_path: Path, bucket: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.batch.client.DOWNLOAD_PATIENCE_S", 1.0)
+    source, out = write_rows(tmp_path / "rows.csv", texts(1)), tmp_path / "out"
+    url = bucket(b"no gzip at all")
+    with fleet_of() as fleet:
+        fleet.answer = lambda fields: {"audio_url": url, "format": "wav"}
+        assert on(fleet, source, "--out", out, "--attempts", 1).returncode == 1
+    assert results(out)["row-0"]["error_code"] == "download_failed"
+
+
+def test_an_endpoint_that_never_answers_is_given_up_soon_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.batch.client.FIRST_PATIENCE_S", 0.5)
+    source = write_rows(tmp_path / "rows.csv", texts(1))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        arguments = ("--api-url", url, "--endpoint", "x", "--no-check-voices", "--out", tmp_path / "out")
+        done = run(source, *arguments, RUNPOD_API_KEY="k")
+    assert done.returncode == 1 and f"{url}/x: run: gave up" in done.stderr, done.stderr
 
 
 # ------------------------------------------------------------------------------------------- between two lines
