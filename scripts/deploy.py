@@ -63,12 +63,23 @@ class Asked:
 
     @contextlib.contextmanager
     def tells_errors(self) -> Iterator[None]:
-        """What cannot be done is one line without secrets, and exit code 1."""
+        """What cannot be done is one line without secrets, and exit code 1; so is what cannot be printed."""
         try:
+            if sys.stdout is None:
+                raise DeployError("standard output is closed")
             yield
+            sys.stdout.flush()
         except DeployError as error:
-            complain(" ".join(self.secrets.hide(f"error: {error}").split()))
+            self._complain(str(error))
             raise typer.Exit(1) from None
+        except OSError as error:
+            # what is still to be printed goes nowhere, or Python would fail over it again as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self._complain(str(error))
+            raise typer.Exit(1) from None
+
+    def _complain(self, why: str) -> None:
+        complain(" ".join(self.secrets.hide(f"error: {why}").split()))
 
 
 @app.callback()
@@ -99,7 +110,7 @@ def init(
             raise DeployError(f"{file} is there already; --force replaces it") from None
         except OSError as error:
             raise DeployError(f"{file}: {error.strerror}") from error
-    say(f"wrote {file}: set name and image, then python scripts/deploy.py apply {file} --dry-run")
+        say(f"wrote {file}: set name and image, then python scripts/deploy.py apply {file} --dry-run")
 
 
 @app.command()
@@ -115,10 +126,10 @@ def apply(
     asked: Asked = context.obj
     with asked.tells_errors():
         wanted = asked.read(file)
-        for warning in warnings(wanted):
-            complain(f"warning: {asked.secrets.hide(warning)}")
         with asked.connect(endpoint_id) as deployments:
             plan = deployments.plan(wanted)
+            for warning in warnings(wanted, plan.execution_timeout_s):
+                complain(f"warning: {asked.secrets.hide(warning)}")
             if not as_json:
                 show_plan(plan, asked.secrets)
             endpoint = plan.deployed
@@ -126,11 +137,11 @@ def apply(
             if has_work and not dry_run:
                 _ask(f"{'Create' if plan.deployed is None else 'Change'} {wanted.name}?", yes)
                 endpoint = deployments.apply(plan)
-    if as_json:
-        print_json(plan_json(plan, endpoint, asked.secrets, was_applied=has_work and not dry_run))
-    elif has_work and not dry_run and endpoint is not None:
-        done = "created" if plan.deployed is None else "changed"
-        say(asked.secrets.hide(f"{done} {wanted.name} ({endpoint['id']}){_where_to_run(endpoint)}"))
+        if as_json:
+            print_json(plan_json(plan, endpoint, asked.secrets, was_applied=has_work and not dry_run))
+        elif has_work and not dry_run and endpoint is not None:
+            done = "created" if plan.deployed is None else "changed"
+            say(f"{done} {wanted.name} ({endpoint['id']}){_where_to_run(endpoint)}")
 
 
 @app.command()
@@ -141,15 +152,15 @@ def show(context: typer.Context, file: FilePath, endpoint_id: EndpointId = None,
         name = asked.read(file).name
         with asked.connect(endpoint_id) as deployments:
             endpoint = deployments.must_find(name)
-    fields = shown_fields(deployed_fields(endpoint), asked.secrets)
-    if as_json:
-        print_json({"id": endpoint["id"], "name": name, "fields": fields})
-        return
-    rows = [
-        ("id", endpoint["id"]),
-        *((field, in_words(value)) for field, value in fields.items() if value not in ((), [], None)),
-    ]
-    table(name, ("", "deployed"), rows)
+        fields = shown_fields(deployed_fields(endpoint), asked.secrets)
+        if as_json:
+            print_json({"id": endpoint["id"], "name": name, "fields": fields})
+            return
+        rows = [
+            ("id", endpoint["id"]),
+            *((field, in_words(value)) for field, value in fields.items() if value not in ((), [], None)),
+        ]
+        table(name, ("", "deployed"), rows)
 
 
 @app.command()
@@ -162,14 +173,14 @@ def delete(context: typer.Context, file: FilePath, yes: Yes = False, endpoint_id
             endpoint = deployments.must_find(name)
             _ask(f"Delete {name} ({endpoint['id']}), with all its jobs?", yes)
             deployments.delete(endpoint)
-    say(f"deleted {name} ({endpoint['id']})")
+        say(f"deleted {name} ({endpoint['id']})")
 
 
 def _ask(question: str, yes: bool) -> None:
     """Go on after a yes only; where nobody can be asked, it has to be said beforehand."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise DeployError(f"{question} Nobody is there to ask: say --yes")
     if not typer.confirm(question):
         raise typer.Exit(1)
@@ -206,13 +217,12 @@ def _shown(change: Change, value: Any, secrets: Secrets) -> str:
 
 
 def shown_fields(fields: dict[str, Any], secrets: Secrets) -> dict[str, Any]:
-    """Fields without secrets."""
+    """Fields without secrets, which only variables can hold."""
 
     def shown(field: str, value: Any) -> Any:
-        name = field.removeprefix("env.")
-        if field.startswith("env.") and value is not None and not may_be_shown(name, value):
-            return HIDDEN
-        return secrets.hide(value) if isinstance(value, str) else value
+        if not field.startswith("env.") or value is None:
+            return value
+        return secrets.hide(value) if may_be_shown(field.removeprefix("env."), value) else HIDDEN
 
     return {field: shown(field, value) for field, value in fields.items()}
 

@@ -5,6 +5,7 @@ holds its container's settings itself, so there is no template to look after.
 
     files.py      the TOML file, read and checked       hiding.py    secrets, and keeping them out of what is printed
     endpoint.py   what a file and an answer say, as the same fields, and how they differ
-    api.py        requests, with retries that repeat no write whose answer was lost
+    api.py        requests, with retries that repeat no creation whose answer was lost
+    answers.py    what is answered about an endpoint, checked
     applying.py   find, create, update, delete
 """

@@ -1,12 +1,13 @@
 """Requests to RunPod's REST API v2.
 
 What only reads, and what may be done twice (PATCH, DELETE), is repeated when the platform is busy (429), ill (5xx) or
-silent. A creation is repeated only where it is known that it did not happen: after 429, or when a look for what it
-should have made has found nothing.
+silent. A creation is repeated only where it is known that it did not happen, which is after 429 and where nobody was
+reached. After any other failure what it should have made is looked for; if that finds nothing, it may still turn up.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -21,10 +22,18 @@ API_URL = "https://api.runpod.io/v2"
 TIMEOUT_S = 60.0
 ATTEMPTS = 5
 LONGEST_WAIT_S = 30.0
-LOOKS = 3
+LOOKS = 5
 """For what a creation without an answer may have made: it can take a moment to be listed."""
 
 Json = dict[str, Any]
+_ID = re.compile(r"[\w-]+")
+
+
+class OddAnswerError(DeployError):
+    """The answer to a request that worked is not of the shape that RunPod documents."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: the answer is not what RunPod's REST API v2 gives; is --api-url right?")
 
 
 class LaterError(Exception):
@@ -75,8 +84,16 @@ class Api:
         self._client.close()
 
     def all_of(self, path: str, key: str) -> list[Json]:
-        """All of a collection; `key` is what the answer calls it."""
-        return list(self._repeated("GET", path).get(key) or [])
+        """All of a collection; `key` is what the answer calls it.
+
+        Raises:
+            DeployError: also for an answer without it: it is not known that there is nothing.
+        """
+        content = self._repeated("GET", path)
+        found = [] if key in content and content[key] is None else content.get(key)
+        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+            raise OddAnswerError(f"GET {path}")
+        return found
 
     def get(self, path: str) -> Json:
         return self._repeated("GET", path)
@@ -93,28 +110,38 @@ class Api:
 
         Args:
             find: looks for what should have been created, when the answer was lost.
+
+        Raises:
+            DeployError: also when it is not known whether it was created.
         """
         for attempt in self._attempts():
             with attempt:
                 try:
-                    return self._request("POST", path, body)
-                except LaterError as error:
-                    if not error.was_refused:
-                        found = self._look(find)
-                        if found is not None:
-                            return found
-                    raise
+                    made = self._request("POST", path, body)
+                    if _ID.fullmatch(str(made.get("id", ""))):
+                        return made
+                    raise OddAnswerError(f"POST {path}")
+                except (LaterError, OddAnswerError) as error:
+                    if isinstance(error, LaterError) and error.was_refused:
+                        raise
+                    return self._look(find, str(error))
         raise AssertionError("unreachable")
 
-    def _look(self, find: Callable[[], Json | None]) -> Json | None:
-        """What a creation without an answer made, if it made anything."""
+    def _look(self, find: Callable[[], Json | None], why: str) -> Json:
+        """What a creation without an answer made."""
         looks = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(LOOKS),
             wait=self._wait,
             retry=tenacity.retry_if_result(lambda found: found is None),
             retry_error_callback=lambda state: None,
         )
-        return looks(find)
+        try:
+            found = looks(find)
+        except DeployError as error:
+            found, why = None, f"{why}; {error}"
+        if found is None:
+            raise DeployError(f"{why}; it may have been created, and be listed later: look, or run this again, then")
+        return found
 
     def _repeated(self, method: str, path: str, body: Json | None = None, *, none_is_fine: bool = False) -> Json:
         for attempt in self._attempts():
@@ -150,7 +177,7 @@ class Api:
         what = f"{method} {path}"
         try:
             answer = self._client.request(method, path, json=body)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             why = str(error) or type(error).__name__
             was_refused = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)  # nothing was sent
             raise LaterError(f"{what}: no answer ({why})", was_refused=was_refused) from error
@@ -174,7 +201,7 @@ class Api:
         except ValueError:
             content = None
         if not isinstance(content, dict):
-            raise DeployError(f"{what}: the answer is not what RunPod's REST API v2 gives; is --api-url right?")
+            raise OddAnswerError(what)
         return content
 
     def _told(self, answer: httpx.Response) -> str:
@@ -185,7 +212,8 @@ class Api:
             content = None
         words = [str(answer.status_code)]
         if isinstance(content, dict):
-            told = [content.get("detail") or content.get("title"), *(content.get("errors") or [])]
+            errors = content.get("errors")
+            told = [content.get("detail") or content.get("title"), *(errors if isinstance(errors, list) else [errors])]
             words += [str(each) for each in told if each]
         return ": ".join(words)
 

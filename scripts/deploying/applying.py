@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scripts.deploying.answers import checked_endpoint
 from scripts.deploying.api import Api, Json
 from scripts.deploying.endpoint import (
     Change,
@@ -14,15 +15,14 @@ from scripts.deploying.endpoint import (
     differences,
     env_of,
     refuse_another_family,
+    refuse_contradictions,
     update_body,
     wanted_fields,
 )
-from scripts.deploying.files import DeployError, EndpointFile
+from scripts.deploying.files import DeployError, EndpointFile, base_name, jobs_too_long
 from scripts.deploying.hiding import Secrets
 
 ENDPOINTS, VOLUMES = "/serverless", "/network-volumes"
-_FLASHBOOT_MARK = " -fb"
-"""RunPod's console appends it to the name of an endpoint with FlashBoot."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class Plan:
     deployed: Json | None
     wanted: Fields
     changes: tuple[Change, ...]
+
+    @property
+    def execution_timeout_s(self) -> float | None:
+        """Once it is applied; None where RunPod does not say."""
+        fields = deployed_fields(self.deployed or {}) | self.wanted
+        return fields["execution_timeout_s"] or None
 
 
 class Deployments:
@@ -63,8 +69,9 @@ class Deployments:
             raise DeployError(f"{len(named)} endpoints are called {name!r} ({ids}); say which with --id")
         if not named:
             return None
-        self._secrets.add_env(env_of(named[0]))
-        return named[0]
+        endpoint = checked_endpoint(named[0])
+        self._secrets.add_env(env_of(endpoint))
+        return endpoint
 
     def must_find(self, name: str) -> Json:
         found = self.find(name)
@@ -73,12 +80,21 @@ class Deployments:
         return found
 
     def plan(self, file: EndpointFile) -> Plan:
-        """How what is deployed differs from a file."""
+        """How what is deployed differs from a file.
+
+        Raises:
+            DeployError: also when the file does not go together with what it leaves as it is.
+        """
         deployed = self.find(file.name)
-        wanted = wanted_fields(file, self._volume_id(file))
+        fields = deployed_fields(deployed or {})
+        wanted = wanted_fields(file, self._volume_id(file), None if deployed is None else fields)
         if deployed is not None:
             refuse_another_family(deployed, file)
-        return Plan(file, deployed, wanted, tuple(differences(deployed_fields(deployed or {}), wanted)))
+        refuse_contradictions(file.name, wanted, fields)
+        plan = Plan(file, deployed, wanted, tuple(differences(fields, wanted)))
+        for wrong in jobs_too_long(file, plan.execution_timeout_s):
+            raise DeployError(wrong)
+        return plan
 
     def apply(self, plan: Plan) -> Json:
         """Create or update, and look whether it came out as wanted.
@@ -91,17 +107,20 @@ class Deployments:
         if deployed is None:
             body = create_body(plan.file, plan.wanted)
             deployed = self._api.create(ENDPOINTS, body, lambda: self.find(name))
-            deployed = self._api.get(f"{ENDPOINTS}/{deployed['id']}")
+            deployed = self._get(deployed["id"])
             changes = differences(deployed_fields(deployed), plan.wanted)
         if changes:
-            path = f"{ENDPOINTS}/{deployed['id']}"
-            self._api.update(path, update_body(list(changes), plan.wanted))
-            deployed = self._api.get(path)
+            body = update_body(changes, plan.wanted, deployed_fields(deployed))
+            self._api.update(f"{ENDPOINTS}/{deployed['id']}", body)
+            deployed = self._get(deployed["id"])
         left = differences(deployed_fields(deployed), plan.wanted)
         if left:
             names = ", ".join(change.field for change in left)
             raise DeployError(f"{name}: RunPod has taken it, but these are not as in the file: {names}")
         return deployed
+
+    def _get(self, endpoint_id: str) -> Json:
+        return checked_endpoint(self._api.get(f"{ENDPOINTS}/{endpoint_id}"))
 
     def delete(self, endpoint: Json) -> None:
         self._api.delete(f"{ENDPOINTS}/{endpoint['id']}")
@@ -125,4 +144,4 @@ class Deployments:
 
 
 def _is_called(endpoint: Json, name: str) -> bool:
-    return str(endpoint.get("name", "")).removesuffix(_FLASHBOOT_MARK) == name
+    return base_name(str(endpoint.get("name", ""))) == name

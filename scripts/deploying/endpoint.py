@@ -1,20 +1,26 @@
 """What a file says and what RunPod answers, as the same fields; how they differ; and what to send.
 
-Fields are named as in the file (`workers.min`, `env.MODEL`). A field that the file leaves out is not compared. Shapes
-are those of the REST API v2 (https://docs.runpod.io/api-reference-v2/openapi.json).
+Fields are named as in the file (`workers.min`, `env.MODEL`). A field that the file leaves out is not compared; a new
+endpoint gets its default. Shapes are those of the REST API v2 (https://docs.runpod.io/api-reference-v2/openapi.json).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.deploying.files import DeployError, EndpointFile
+from scripts.deploying.files import DEFAULT_EXECUTION_TIMEOUT_S, DeployError, EndpointFile
 
 DEFAULT_IDLE_TIMEOUT_S = 5
+DEFAULT_SCALER, DEFAULT_SCALER_VALUE = "queue_delay", 4
 _SCALERS = {"queue_delay": ("QUEUE_DELAY", "queueDelay"), "request_count": ("REQUEST_COUNT", "requestCount")}
 _UNORDERED = ("gpus", "exclude_gpus", "data_centers", "network_volumes", "cuda")
+_SENT_TOGETHER = (
+    *("workers.min", "workers.max", "workers.idle_timeout_s", "scaler.type", "scaler.value"),
+    *("exclude_gpus", "gpus_per_worker"),
+)
+"""Goes along with others as it is deployed where the file leaves it out."""
 _ENV = "env."
 
 Fields = dict[str, Any]
@@ -33,33 +39,58 @@ class Change:
         return self.field.removeprefix(_ENV) if self.field.startswith(_ENV) else None
 
 
-def wanted_fields(file: EndpointFile, volume_id: str | None) -> Fields:
-    """Of a file; `volume_id` is its network volume's."""
-    fields: Fields = {
+def wanted_fields(file: EndpointFile, volume_id: str | None, deployed: Fields | None = None) -> Fields:
+    """Of a file, with defaults where there is nothing yet that could stay as it is.
+
+    Args:
+        volume_id: of the file's network volume.
+        deployed: None for a new endpoint.
+    """
+    scaler_type = file.scaler.type or (None if file.scaler.value is None else DEFAULT_SCALER)
+    said: Fields = {
         "image": file.image,
         "workers.min": file.workers.min,
         "workers.max": file.workers.max,
-        "scaler.type": file.scaler.type,
+        "workers.idle_timeout_s": file.workers.idle_timeout_s,
+        "scaler.type": scaler_type,
         "scaler.value": file.scaler.value,
         "execution_timeout_s": file.execution_timeout_s,
         "flashboot": file.flashboot,
-    }
-    if file.scaler.type == "queue_delay":
-        fields["workers.idle_timeout_s"] = file.workers.idle_timeout_s or DEFAULT_IDLE_TIMEOUT_S
-    if file.gpus:
-        fields |= {"gpus": file.gpus, "exclude_gpus": file.exclude_gpus, "gpus_per_worker": file.gpus_per_worker}
-    else:
-        fields["cpus"] = file.cpus
-    if file.cuda is not None or file.min_cuda:  # each replaces the other
-        fields |= {"cuda": file.cuda or (), "min_cuda": file.min_cuda}
-    optional = {
+        "gpus": file.gpus or None,
+        "exclude_gpus": file.exclude_gpus,
+        "gpus_per_worker": file.gpus_per_worker,
+        "cpus": file.cpus or None,
         "container_disk_gb": file.container_disk_gb,
         "data_centers": file.data_centers,
         "network_volumes": (volume_id,) if volume_id else None if file.network_volume is None else (),
         "registry": file.registry,
     }
-    fields |= {name: value for name, value in optional.items() if value is not None}
-    return fields | {_ENV + name: value for name, value in file.whole_env.items()}
+    fields = {name: value for name, value in said.items() if value is not None}
+    if file.cuda is not None or file.min_cuda:  # each replaces the other
+        fields |= {"cuda": file.cuda or (), "min_cuda": file.min_cuda}
+    fields |= {_ENV + name: value for name, value in file.whole_env.items()}
+    fields = _defaults(fields, deployed) | fields
+    return {name: fields[name] for name in said if name in fields} | fields
+
+
+def _defaults(fields: Fields, deployed: Fields | None) -> Fields:
+    """Of a new endpoint; of one that gets another scaler, those that go with it."""
+    defaults: Fields = {}
+    if deployed is None:
+        defaults = {
+            "workers.min": 0,
+            "workers.max": 3,
+            "scaler.type": DEFAULT_SCALER,
+            "execution_timeout_s": DEFAULT_EXECUTION_TIMEOUT_S,
+            "flashboot": True,
+        }
+        defaults |= {"exclude_gpus": (), "gpus_per_worker": 1} if "gpus" in fields else {}
+    scaler = fields.get("scaler.type") or defaults.get("scaler.type")
+    if scaler is not None and (deployed is None or deployed["scaler.type"] != scaler):
+        defaults["scaler.value"] = DEFAULT_SCALER_VALUE
+        if scaler == "queue_delay":
+            defaults["workers.idle_timeout_s"] = DEFAULT_IDLE_TIMEOUT_S
+    return defaults
 
 
 def deployed_fields(endpoint: Mapping[str, Any]) -> Fields:
@@ -93,6 +124,16 @@ def env_of(endpoint: Mapping[str, Any]) -> dict[str, str]:
     return dict(endpoint.get("env") or {})
 
 
+def refuse_contradictions(name: str, wanted: Fields, deployed: Fields) -> None:
+    """What a file says has to go together with what it leaves as it is."""
+    after = deployed | wanted
+    least, most = after["workers.min"], after["workers.max"]
+    if least is not None and most is not None and least > most:
+        raise DeployError(f"{name}: workers.min ({least}) is over workers.max ({most}); say both in the file")
+    if after["scaler.type"] == "request_count" and "workers.idle_timeout_s" in wanted:
+        raise DeployError(f"{name}: RunPod takes no workers.idle_timeout_s together with its request_count scaler")
+
+
 def differences(deployed: Fields, wanted: Fields) -> list[Change]:
     """What is to be changed. A variable that the file does not name is to go."""
     changes = [
@@ -108,7 +149,7 @@ def _comparable(name: str, value: Any) -> Any:
     """A list as a list, and sorted where its order means nothing."""
     if not isinstance(value, list | tuple):
         return value
-    return sorted(value) if name in _UNORDERED else list(value)
+    return sorted(set(value)) if name in _UNORDERED else list(value)
 
 
 # -------------------------------------------------------------------------------------- what to send
@@ -124,11 +165,12 @@ def create_body(file: EndpointFile, wanted: Fields) -> dict[str, Any]:
     return body
 
 
-def update_body(changes: list[Change], wanted: Fields) -> dict[str, Any]:
+def update_body(changes: Sequence[Change], wanted: Fields, deployed: Fields) -> dict[str, Any]:
     """Of PATCH /serverless/{id}: the parts that hold a change, each of them whole."""
+    kept = {name: deployed[name] for name in _SENT_TOGETHER if deployed[name] is not None}
     body: dict[str, Any] = {}
     for part in _parts({change.field: None for change in changes}):
-        body |= _wire(part, wanted)
+        body |= _wire(part, kept | wanted)
     return body
 
 
@@ -175,9 +217,10 @@ def _wire(part: str, wanted: Fields) -> dict[str, Any]:
             split = (cpu.rsplit("-", 1) for cpu in wanted["cpus"])
             return {"cpu": [{"id": flavor, "vcpuCount": int(count)} for flavor, count in split]}
         case "workers":
-            workers = {"min": wanted["workers.min"], "max": wanted["workers.max"]}
-            idle = wanted.get("workers.idle_timeout_s")
-            return {"workers": workers | ({} if idle is None else {"idleTimeout": idle})}
+            keys = {"workers.min": "min", "workers.max": "max"}
+            if wanted.get("scaler.type") != "request_count":
+                keys["workers.idle_timeout_s"] = "idleTimeout"
+            return {"workers": {key: wanted[name] for name, key in keys.items() if name in wanted}}
         case "scaling":
             wire, key = _SCALERS[wanted["scaler.type"]]
             value = wanted["scaler.value"]
@@ -203,11 +246,9 @@ def _wire(part: str, wanted: Fields) -> dict[str, Any]:
 
 def _gpu(wanted: Fields) -> dict[str, Any]:
     """Pools and exclusions together: RunPod forgets the exclusions of pools that come without them."""
-    gpu = {
-        "pools": list(wanted["gpus"]),
-        "excludedTypes": list(wanted["exclude_gpus"]),
-        "count": wanted["gpus_per_worker"],
-    }
+    gpu: dict[str, Any] = {"pools": list(wanted["gpus"]), "excludedTypes": list(wanted["exclude_gpus"])}
+    if "gpus_per_worker" in wanted:
+        gpu["count"] = wanted["gpus_per_worker"]
     if "cuda" in wanted:
         gpu |= {"allowedCudaVersions": list(wanted["cuda"]), "minCudaVersion": wanted["min_cuda"] or ""}
     return gpu

@@ -9,7 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from engine.models import DRAFT, MODELS
@@ -18,6 +27,9 @@ from scripts.deploying.hiding import PLATFORM_SECRET, Secrets, is_platform_secre
 
 VOLUME_FOLDER = "/runpod-volume"
 """Where a serverless worker finds its network volume."""
+DEFAULT_EXECUTION_TIMEOUT_S = 600
+_FLASHBOOT_MARK = " -fb"
+"""RunPod's console appends it to the name of an endpoint with FlashBoot."""
 _FROM_ENVIRONMENT = re.compile(r"\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -26,16 +38,28 @@ class DeployError(Exception):
     """What was asked for cannot be done; the message says why, and what would help."""
 
 
-def _as_text(value: object) -> object:
+def base_name(name: str) -> str:
+    """A name without what RunPod's console appends, nor blanks around it."""
+    name = name.strip()
+    while name.endswith(_FLASHBOOT_MARK):
+        name = name.removesuffix(_FLASHBOOT_MARK).strip()
+    return name
+
+
+def as_text(value: object) -> object:
     """4 → "4", true → "true": variables are text, whatever TOML makes of them."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, int | float) else value
 
 
-Env = dict[str, Annotated[str, BeforeValidator(_as_text)]]
+Env = dict[str, Annotated[str, BeforeValidator(as_text)]]
 _Version = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
 _Cpu = Annotated[str, Field(pattern=r"^cpu\w+-\d+$")]
+_Name = Annotated[str, BeforeValidator(lambda value: base_name(value) if isinstance(value, str) else value)]
+_Int = Annotated[int, Field(strict=True)]  # true is no 1
+_Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Several = Annotated[tuple[str, ...], AfterValidator(lambda values: tuple(dict.fromkeys(values)))]
 
 
 class _Part(BaseModel):
@@ -45,13 +69,13 @@ class _Part(BaseModel):
 class Workers(_Part):
     """How many workers there are, and how long one without jobs stays."""
 
-    min: int = Field(default=0, ge=0)
-    max: int = Field(default=3, ge=1)
-    idle_timeout_s: int | None = Field(default=None, ge=1, le=3600)
+    min: _Int | None = Field(default=None, ge=0)
+    max: _Int | None = Field(default=None, ge=1)
+    idle_timeout_s: _Int | None = Field(default=None, ge=1, le=3600)
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        if self.min > self.max:
+        if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min ({self.min}) is over max ({self.max})")
         return self
 
@@ -59,33 +83,33 @@ class Workers(_Part):
 class Scaler(_Part):
     """When there are more workers: after so many seconds of waiting, or for so many requests."""
 
-    type: Literal["queue_delay", "request_count"] = "queue_delay"
-    value: float = Field(default=4, ge=0.5)
+    type: Literal["queue_delay", "request_count"] | None = None
+    value: _Float | None = Field(default=None, ge=0.5)
 
     @model_validator(mode="after")
     def _whole_requests(self) -> Self:
-        if self.type == "request_count" and (self.value < 1 or self.value != int(self.value)):
+        if self.type == "request_count" and self.value is not None and (self.value < 1 or self.value % 1):
             raise ValueError(f"value: expected a whole number of requests, got {self.value:g}")
         return self
 
 
 class EndpointFile(_Part):
-    """What a file says. None is left to RunPod at first, and as it is afterwards."""
+    """What a file says. None is left to a default at first, and as it is afterwards."""
 
-    name: str = Field(min_length=1, max_length=191)
+    name: _Name = Field(min_length=1, max_length=191)
     image: str = Field(min_length=1)
-    gpus: tuple[str, ...] = ()
-    exclude_gpus: tuple[str, ...] = ()
-    gpus_per_worker: int = Field(default=1, ge=1)
+    gpus: _Several = ()
+    exclude_gpus: _Several | None = None
+    gpus_per_worker: _Int | None = Field(default=None, ge=1)
     cpus: tuple[_Cpu, ...] = ()
     cuda: tuple[_Version, ...] | None = None
     min_cuda: _Version | None = None
-    container_disk_gb: int | None = Field(default=None, ge=1)
+    container_disk_gb: _Int | None = Field(default=None, ge=1)
     network_volume: str | None = None
-    data_centers: tuple[str, ...] | None = None
+    data_centers: _Several | None = None
     registry: str | None = None
-    execution_timeout_s: int = Field(default=600, ge=5, le=604_800)
-    flashboot: bool = True
+    execution_timeout_s: _Int | None = Field(default=None, ge=5, le=604_800)
+    flashboot: StrictBool | None = None
     workers: Workers = Workers()
     scaler: Scaler = Scaler()
     env: Env = Field(default_factory=dict)
@@ -101,6 +125,9 @@ class EndpointFile(_Part):
             raise ValueError("expected either cuda or min_cuda")
         if self.scaler.type == "request_count" and self.workers.idle_timeout_s is not None:
             raise ValueError("workers.idle_timeout_s: RunPod takes none together with the request_count scaler")
+        for name, value in self:
+            if name not in ("env", "other_env") and _FROM_ENVIRONMENT.search(str(value)):
+                raise ValueError(f"{name}: ${{NAME}} is for [env] and [other_env]")
         return self
 
     @property
@@ -113,7 +140,7 @@ def read_file(path: Path, environ: Mapping[str, str], secrets: Secrets) -> Endpo
 
     Args:
         environ: the caller's environment.
-        secrets: gets to know every value that came from there.
+        secrets: gets to know every value that came from there, and all that must not be shown.
 
     Raises:
         DeployError: naming all that is wrong with it.
@@ -131,6 +158,7 @@ def read_file(path: Path, environ: Mapping[str, str], secrets: Secrets) -> Endpo
     _refuse_written_secrets(path, written)
     resolved = {part: _resolve(getattr(written, part), environ, secrets) for part in ("env", "other_env")}
     file = written.model_copy(update=resolved)
+    secrets.add_env(file.whole_env)  # before a message can hold one
     wrong = list(_wrong_env(file))
     if wrong:
         raise DeployError(f"{path}: {'; '.join(wrong)}")
@@ -242,20 +270,26 @@ def _wrong_settings(file: EndpointFile) -> Iterator[str]:
         yield f"MODEL: expected one of {', '.join(MODELS)}, got {settings.model!r}"
     if file.cpus and settings.device.startswith("cuda"):
         yield f"DEVICE: {settings.device} on workers without a GPU"
-    if settings.job_timeout_s > file.execution_timeout_s:
+    yield from jobs_too_long(file, file.execution_timeout_s)
+
+
+def jobs_too_long(file: EndpointFile, execution_timeout_s: float | None) -> Iterator[str]:
+    """What is wrong when an endpoint has this timeout (None: not known)."""
+    job_timeout_s = _settings(file.env).job_timeout_s
+    if execution_timeout_s is not None and job_timeout_s > execution_timeout_s:
         yield (
-            f"JOB_TIMEOUT_S: {settings.job_timeout_s:g} s are over execution_timeout_s ({file.execution_timeout_s} s), "
-            f"where RunPod ends a job without a result. Set JOB_TIMEOUT_S = {file.execution_timeout_s}"
+            f"JOB_TIMEOUT_S: {job_timeout_s:g} s are over execution_timeout_s ({execution_timeout_s:g} s), "
+            f"where RunPod ends a job without a result. Set JOB_TIMEOUT_S = {execution_timeout_s:g}"
         )
 
 
-def warnings(file: EndpointFile) -> Iterator[str]:
-    """What is allowed, and probably not meant."""
+def warnings(file: EndpointFile, execution_timeout_s: float | None) -> Iterator[str]:
+    """What is allowed, and probably not meant, in an endpoint of this timeout (None: not known)."""
     settings = _settings(file.env)
     if settings.job_timeout_s == 0:
         yield "JOB_TIMEOUT_S is 0: a job that takes too long is ended by RunPod, without a result"
-    elif settings.job_timeout_s < file.execution_timeout_s:
-        yield f"JOB_TIMEOUT_S ends jobs after {settings.job_timeout_s:g} s, the endpoint {file.execution_timeout_s} s"
+    elif execution_timeout_s is not None and settings.job_timeout_s < execution_timeout_s:
+        yield f"JOB_TIMEOUT_S ends jobs after {settings.job_timeout_s:g} s, the endpoint {execution_timeout_s:g} s"
     if settings.model == DRAFT:
         yield "MODEL is draft: the worker's image does not have it, and jobs will end with model_unavailable"
     if file.gpus and settings.device == "cpu":

@@ -52,6 +52,7 @@ class Platform:
                 "image": "example.com/tts:1",
                 "gpu": {"pools": ["AMPERE_24"]},
                 "scaling": {"type": "QUEUE_DELAY", "queueDelay": 4},
+                "timeout": 600_000,
                 **changes,
             }
         )

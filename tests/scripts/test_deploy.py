@@ -22,6 +22,9 @@ from tests.scripts.runpod_api import DROP, KEY, LOSE, Platform, serve
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "endpoint.toml"
 BUCKET_SECRET, TOKEN = "wJalrXUtnFEMI+K7MDENG/bPx", "hf_abcdefghijklmnop"
+PRIVATE_KEY = '-----BEGIN-----\nMIIEabcdef\tgh"ij\\kl\u00e9mn\U0001d11eop\nQRSTuvwxyz\n-----END-----'
+"""As JSON writes none of it as it is."""
+SECRETS = {"BUCKET_SECRET": BUCKET_SECRET, "HF_TOKEN": TOKEN, "PRIVATE_KEY": PRIVATE_KEY}
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
 
@@ -45,6 +48,7 @@ BUCKET_SECRET_ACCESS_KEY = "${BUCKET_SECRET}"
 
 [other_env]
 HF_TOKEN = "${HF_TOKEN}"
+GCP_KEY = "${PRIVATE_KEY}"
 """
 
 
@@ -75,7 +79,7 @@ def deploy(platform: Platform) -> Run:
         command = [sys.executable, "scripts/deploy.py", *options, *map(str, arguments)]
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
         keys = {} if key is None else {"RUNPOD_API_KEY": key}
-        env = {**kept, **keys, "BUCKET_SECRET": BUCKET_SECRET, "HF_TOKEN": TOKEN, **environment}
+        env = {**kept, **keys, **SECRETS, **environment}
         done = subprocess.run(
             command,
             cwd=ROOT,
@@ -87,8 +91,8 @@ def deploy(platform: Platform) -> Run:
             stdin=subprocess.DEVNULL,
         )
         printed = done.stdout + done.stderr
-        for secret in (KEY, BUCKET_SECRET, TOKEN, *environment.values()):
-            assert secret not in printed, "a secret was printed"
+        for secret in (KEY, *SECRETS.values(), *environment.values(), "MIIE", "ij", "kl", "mn\\u", "op\\n", "QRST"):
+            assert secret not in printed, f"a secret was printed: {secret}"
         assert "Traceback" not in printed, printed
         return done
 
@@ -111,8 +115,7 @@ def failed(done: Done) -> str:
 def read(
     text: str, folder: Path, environ: dict[str, str] | None = None, secrets: Secrets | None = None
 ) -> EndpointFile:
-    known = {"BUCKET_SECRET": BUCKET_SECRET, "HF_TOKEN": TOKEN}
-    return read_file(write(folder, text), known if environ is None else environ, secrets or Secrets())
+    return read_file(write(folder, text), SECRETS if environ is None else environ, secrets or Secrets())
 
 
 # ------------------------------------------------------------------------------------------- applying
@@ -137,6 +140,7 @@ def test_an_endpoint_is_created_as_the_file_says(deploy: Run, platform: Platform
         "MAX_CONCURRENCY": "8",
         "BUCKET_SECRET_ACCESS_KEY": BUCKET_SECRET,
         "HF_TOKEN": TOKEN,
+        "GCP_KEY": PRIVATE_KEY,
         "BUCKET_ACCESS_KEY_ID": "{{ RUNPOD_SECRET_bucket_id }}",
     }
     assert [method for method, *_ in platform.writes()] == ["POST"]
@@ -150,7 +154,8 @@ def test_applying_twice_changes_nothing(deploy: Run, platform: Platform, file: P
     assert json.dumps(platform.endpoints) == before and len(platform.writes()) == writes
 
 
-def test_drift_is_shown_and_then_undone(deploy: Run, platform: Platform, file: Path) -> None:
+def test_drift_is_shown_and_then_undone(deploy: Run, platform: Platform, tmp_path: Path) -> None:
+    file = write(tmp_path, FILE.replace("[workers]", "exclude_gpus = []\n[workers]"))
     succeeded(deploy("apply", file, "--yes"))
     endpoint = platform.endpoints["ep1"]
     as_it_was = json.dumps(endpoint, sort_keys=True)
@@ -174,9 +179,24 @@ def test_drift_is_shown_and_then_undone(deploy: Run, platform: Platform, file: P
 
 
 def test_what_the_file_leaves_out_stays_as_it_is(deploy: Run, platform: Platform, tmp_path: Path) -> None:
-    endpoint = platform.add(dataCenterIds=["US-KS-2"], networkVolumes=["vol9"], disk=77)
-    succeeded(deploy("apply", write(tmp_path, minimal('name = "tts"')), "--yes"))
-    assert (endpoint["dataCenterIds"], endpoint["networkVolumes"], endpoint["disk"]) == (["US-KS-2"], ["vol9"], 77)
+    endpoint = platform.add(
+        dataCenterIds=["US-KS-2"],
+        networkVolumes=["vol9"],
+        disk=77,
+        workers={"min": 2, "max": 9, "idleTimeout": 60},
+        scaling={"type": "QUEUE_DELAY", "queueDelay": 7},
+        timeout=1_000_000,
+        flashboot="OFF",
+        gpu={"pools": ["AMPERE_24"], "excludedTypes": ["NVIDIA L4"], "count": 4, "minCudaVersion": "12.4"},
+    )
+    before = json.dumps(endpoint)
+    assert "nothing to do" in succeeded(deploy("apply", write(tmp_path, minimal('name = "tts"')), "--yes"))
+    assert json.dumps(endpoint) == before
+    with connected(platform) as deployments:  # of what is sent whole, the file says one thing
+        text = minimal('name = "tts"\n[workers]\nmax = 6').replace('"AMPERE_24"', '"ADA_24"')
+        deployments.apply(deployments.plan(read(text, tmp_path)))
+    after = json.dumps(endpoint | {"workers": endpoint["workers"] | {"max": 9}}).replace("ADA_24", "AMPERE_24")
+    assert after == before and endpoint["workers"]["max"] == 6
     succeeded(
         deploy("apply", write(tmp_path, minimal('name = "tts"\nnetwork_volume = ""\ndata_centers = []')), "--yes")
     )
@@ -188,7 +208,7 @@ def test_gpus_that_are_excluded_stay_so_when_something_else_of_them_changes(plat
     with connected(platform) as deployments:
         file = read(FILE.replace("[workers]", 'exclude_gpus = ["NVIDIA L4"]\n[workers]'), tmp_path)
         deployments.apply(deployments.plan(file))
-    assert endpoint["gpu"]["excludedTypes"] == ["NVIDIA L4"] and endpoint["gpu"]["count"] == 1
+    assert endpoint["gpu"]["excludedTypes"] == ["NVIDIA L4"] and endpoint["gpu"]["minCudaVersion"] == "12.8"
 
 
 def test_one_scaler_replaces_the_other(deploy: Run, platform: Platform, tmp_path: Path) -> None:
@@ -198,8 +218,38 @@ def test_one_scaler_replaces_the_other(deploy: Run, platform: Platform, tmp_path
     assert (
         endpoint["scaling"] == {"type": "REQUEST_COUNT", "requestCount": 2} and "idleTimeout" not in endpoint["workers"]
     )
-    succeeded(deploy("apply", write(tmp_path, minimal('name = "tts"')), "--yes"))
+    for left_out in ("", "[scaler]\ntype = 'request_count'", "[scaler]\ntype = 'request_count'\nvalue = 2"):
+        with connected(platform) as deployments:
+            assert deployments.plan(read(minimal(f'name = "tts"\n{left_out}'), tmp_path)).changes == ()
+    succeeded(deploy("apply", write(tmp_path, minimal('name = "tts"\n[scaler]\ntype = "queue_delay"')), "--yes"))
     assert endpoint["scaling"] == {"type": "QUEUE_DELAY", "queueDelay": 4} and endpoint["workers"]["idleTimeout"] == 5
+
+
+def test_what_is_said_twice_counts_once(platform: Platform, tmp_path: Path) -> None:
+    endpoint = platform.add()
+    text = minimal('name = "tts"').replace('["AMPERE_24"]', '["AMPERE_24", "AMPERE_24"]')
+    with connected(platform) as deployments:
+        assert deployments.plan(read(text, tmp_path)).changes == ()
+        deployments.apply(deployments.plan(read(text.replace("AMPERE_24", "ADA_24"), tmp_path)))
+    assert endpoint["gpu"]["pools"] == ["ADA_24"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("[workers]\nmin = 4", r"workers\.min \(4\) is over workers\.max \(3\)"),
+        ("execution_timeout_s = 300", r"JOB_TIMEOUT_S: 600 s are over execution_timeout_s \(300 s\)"),
+        ("[workers]\nidle_timeout_s = 9", "takes no workers.idle_timeout_s"),
+    ],
+)
+def test_what_does_not_go_with_what_is_left_out_is_refused(
+    platform: Platform, tmp_path: Path, said: str, told: str
+) -> None:
+    platform.add(scaling={"type": "REQUEST_COUNT", "requestCount": 4}, timeout=300_000)
+    file = read(minimal('name = "tts"\n' + said.replace("execution_timeout_s = 300", "")), tmp_path)
+    with connected(platform) as deployments, pytest.raises(DeployError, match=told):
+        deployments.plan(file)
+    assert not platform.writes()
 
 
 def minimal(more: str) -> str:
@@ -237,12 +287,120 @@ def test_what_is_listed_late_is_not_created_again(platform: Platform, tmp_path: 
     assert len(platform.endpoints) == 1
 
 
-@pytest.mark.parametrize("fault", [DROP, 429, 503])
-def test_a_creation_that_did_not_happen_is_repeated(platform: Platform, tmp_path: Path, fault: int | str) -> None:
-    platform.faults["POST"] = [fault, fault]
+def test_a_creation_that_did_not_happen_is_repeated(platform: Platform, tmp_path: Path) -> None:
+    platform.faults["POST"] = [429, 429]
     with connected(platform) as deployments:
         assert deployments.apply(deployments.plan(read(FILE, tmp_path)))["id"] == "ep1"
     assert len(platform.endpoints) == 1 and len(platform.writes()) == 3
+
+
+@pytest.mark.parametrize("fault", [DROP, LOSE, 503])
+def test_a_creation_that_may_have_happened_is_not_repeated(
+    platform: Platform, tmp_path: Path, fault: int | str
+) -> None:
+    platform.faults["POST"], platform.hides_new_for = [fault], 9
+    with connected(platform) as deployments:
+        with pytest.raises(DeployError, match="it may have been created, and be listed later"):
+            deployments.apply(deployments.plan(read(FILE, tmp_path)))
+        assert len(platform.writes()) == 1
+        platform.hides_new_for = 0  # it is listed at last, if it exists
+        deployments.apply(deployments.plan(read(FILE, tmp_path)))
+    assert len(platform.endpoints) == 1
+
+
+def test_a_look_that_fails_does_not_hide_that_something_may_have_been_created(
+    platform: Platform, tmp_path: Path
+) -> None:
+    with connected(platform) as deployments:
+        plan = deployments.plan(read(FILE, tmp_path))
+        platform.faults |= {"POST": [LOSE], "GET": [503] * 9}
+        with pytest.raises(DeployError, match="no answer .*503.*it may have been created"):
+            deployments.apply(plan)
+
+
+@pytest.mark.parametrize("named", ["tts -fb", " tts ", "tts -fb -fb"])
+def test_a_name_as_the_console_writes_it_is_found_again(platform: Platform, tmp_path: Path, named: str) -> None:
+    file = read(FILE.replace('"tts"', f'"{named}"'), tmp_path)
+    with connected(platform) as deployments:
+        for _ in range(2):
+            deployments.apply(deployments.plan(file))
+        platform.endpoints["ep1"]["name"] = "tts -fb"
+        assert deployments.plan(file).changes == ()
+    assert len(platform.endpoints) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *({"endpoints": ["x"]}, {"endpoints": {"a": 1}}, {"endpoints": 5}, {}, {"endpoints": [{"name": "tts"}]}),
+        *({"endpoints": [{"id": "../pods/x", "name": "tts"}]}, {"endpoints": [{"id": "e", "name": "tts", "gpu": [1]}]}),
+        *(
+            {"endpoints": [{"id": "e", "name": "tts", field: value}]}
+            for field, value in (
+                *(("timeout", "soon"), ("cpu", ["cpu5c"]), ("env", [{"key": "A", "value": "hunter22"}])),
+                *(("networkVolumes", [{"id": "v"}, {"id": "w"}]), ("requestUrls", "x"), ("workers", {"min": "two"})),
+            )
+        ),
+    ],
+)
+def test_an_answer_of_another_shape_is_told_and_nothing_is_written(
+    platform: Platform, tmp_path: Path, answer: dict[str, object]
+) -> None:
+    text = minimal('name = "tts"')
+    platform.answer = lambda method, path, body: (200, answer)  # type: ignore[method-assign]
+    with connected(platform) as deployments, pytest.raises(DeployError, match="not what RunPod's REST API") as error:
+        deployments.plan(read(text, tmp_path))
+    assert not platform.writes() and "hunter22" not in str(error.value)
+
+
+def test_deployed_variables_need_not_be_text(platform: Platform, tmp_path: Path) -> None:
+    platform.add(env={"A": None, "B": 5, "MODEL": "turbo"})
+    with connected(platform) as deployments:
+        changes = deployments.plan(read(minimal('name = "tts"'), tmp_path)).changes
+    assert [(change.field, change.deployed) for change in changes] == [
+        *(("env.A", ""), ("env.B", "5"), ("env.MODEL", "turbo")),
+    ]
+
+
+def test_a_creation_that_is_answered_without_an_id_is_looked_up(platform: Platform, tmp_path: Path) -> None:
+    as_it_is = platform.create
+    platform.create = lambda body: (201, {"ok": as_it_is(body) is None})  # type: ignore[method-assign]
+    with connected(platform) as deployments:
+        assert deployments.apply(deployments.plan(read(FILE, tmp_path)))["id"] == "ep1"
+    assert len(platform.endpoints) == 1
+
+
+@pytest.mark.parametrize("errors", [5, "text", {"a": 1}, [None, {"b": 2}]])
+def test_an_error_of_any_shape_is_told(platform: Platform, errors: object) -> None:
+    platform.answer = lambda method, path, body: (400, {"detail": ["no"], "errors": errors})  # type: ignore[method-assign]
+    with Api(platform.url, KEY) as api, pytest.raises(DeployError, match=r"400: \['no'\]"):
+        api.get("/serverless/x")
+
+
+@pytest.mark.parametrize(
+    ("command", "redirection", "told"),
+    [
+        ("apply", "<&-", "say --yes"),
+        ("show", ">&-", "standard output is closed"),
+        ("show", ">/dev/full", "No space left"),
+        ("show --json", ">/dev/full", "No space left"),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_told_in_one_line(
+    platform: Platform, file: Path, command: str, redirection: str, told: str
+) -> None:
+    platform.add()
+    line = f"{sys.executable} scripts/deploy.py --api-url {platform.url} {command} {file} {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=ROOT,
+        env={**os.environ, "RUNPOD_API_KEY": KEY, **SECRETS},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert told in failed(done) and not platform.writes()
 
 
 @pytest.mark.parametrize("fault", [DROP, LOSE, 429, 500])
@@ -312,6 +470,13 @@ def test_what_is_deployed_is_shown_without_secrets(deploy: Run, platform: Platfo
     assert fields["env.HF_TOKEN"] == HIDDEN and fields["workers.max"] == 5 and fields["gpus"] == ["AMPERE_24", "ADA_24"]
 
 
+def test_an_address_with_a_password_or_a_query_is_not_shown(deploy: Run, platform: Platform, tmp_path: Path) -> None:
+    addresses = 'VOICES_URI = "https://h/x?token=hunter22"\nBUCKET_ENDPOINT_URL = "https://u:p/hunter22@h/x"'
+    path = write(tmp_path, minimal('name = "tts"').replace("[env]", f"[env]\n{addresses}"))
+    shown = deploy("apply", path, "--dry-run")
+    assert succeeded(shown).count(HIDDEN) == 2 and "hunter22" not in shown.stdout + shown.stderr
+
+
 def test_nothing_is_written_without_a_yes(deploy: Run, platform: Platform, file: Path) -> None:
     assert "say --yes" in failed(deploy("apply", file)) and platform.endpoints == {}
     platform.add()
@@ -379,11 +544,14 @@ def test_all_that_the_example_mentions_exists(tmp_path: Path) -> None:
         ("HF_TOKEN =", "LOG_LEVEL =", "other_env.LOG_LEVEL: a setting of the worker, it belongs into [env]"),
         ("MAX_CONCURRENCY = 8", "MAX_CONCURRENCY = 0", "MAX_CONCURRENCY: Input should be greater than or equal to 1"),
         ('MODEL = "turbo"', 'MODEL = "turbot"', "MODEL: expected one of turbo"),
-        ('MODEL = "turbo"', "JOB_TIMEOUT_S = 900", "JOB_TIMEOUT_S: 900 s are over execution_timeout_s (600 s)"),
         ("[workers]", "execution_timeout_s = 300\n[workers]", "JOB_TIMEOUT_S: 600 s are over"),
         ("${BUCKET_SECRET}", "${NOT_SET}", "BUCKET_SECRET_ACCESS_KEY: ${NOT_SET} is not set"),
         ("{{ RUNPOD_SECRET_bucket_id }}", "{{ RUNPOD_SECRET_bucket-id }}", "a secret does not belong into a file"),
         ("max = 5", "max = = 5", "Invalid value"),
+        ("max = 5", "max = true", "workers.max: Input should be a valid integer"),
+        ("[workers]", "[scaler]\nvalue = inf\n[workers]", "scaler.value: Input should be a finite number"),
+        ("example.com/tts:1", "${IMAGE}", "image: ${NAME} is for [env] and [other_env]"),
+        ('name = "tts"', 'name = "  "', "name: String should have at least 1 character"),
     ],
 )
 def test_a_mistake_in_the_file_is_told_by_name(tmp_path: Path, old: str, new: str, told: str) -> None:
@@ -413,17 +581,17 @@ def test_a_network_volume_is_found_by_name_and_must_be_where_workers_may_be(plat
 
 def test_what_is_probably_not_meant_is_warned_of(tmp_path: Path) -> None:
     text = FILE.replace('network_volume = "voices"', "").replace("[env]", '[env]\nVOICES_DIR = "/runpod-volume/v"')
-    (told,) = warnings(read(text, tmp_path))
+    (told,) = warnings(read(text, tmp_path), 600)
     assert "VOICES_DIR" in told and "without a network_volume" in told
-    (told,) = warnings(read(FILE.replace("[env]", "[env]\nJOB_TIMEOUT_S = 60"), tmp_path))
+    (told,) = warnings(read(FILE.replace("[env]", "[env]\nJOB_TIMEOUT_S = 60"), tmp_path), 600)
     assert "after 60 s, the endpoint 600 s" in told
-    assert list(warnings(read(FILE, tmp_path))) == []
+    assert list(warnings(read(FILE, tmp_path), 600)) == []
 
 
 def test_the_settings_of_this_environment_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_TIMEOUT_S", "9999")
     monkeypatch.setenv("VOICES_DIR", "/here")
-    assert list(warnings(read(FILE, tmp_path))) == []
+    assert list(warnings(read(FILE, tmp_path), 600)) == []
 
 
 def test_a_variable_is_shown_only_if_it_is_known_to_be_no_secret() -> None:
@@ -431,8 +599,44 @@ def test_a_variable_is_shown_only_if_it_is_known_to_be_no_secret() -> None:
     for name, value in (
         *(("BUCKET_SECRET_ACCESS_KEY", "x"), ("BUCKET_ACCESS_KEY_ID", "x"), ("HF_TOKEN", "x"), ("COLOUR", "x")),
         *(("VOICES_URI", "https://user:word@host/x"), ("MODEL_X", "{{ RUNPOD_SECRET_a }} and more")),
+        *(("VOICES_URI", "https://h/x?token=word"), ("BUCKET_ENDPOINT_URL", "https://u:p/word@h")),
     ):
         assert not may_be_shown(name, value), name
+    assert may_be_shown("VOICES_URI", "s3://bucket/voices") and may_be_shown("VOICES_URI", "https://host:8443/x")
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        'DATABASE_URL = "postgres://user:hunter22@host/x"',
+        'PGPASS = "hunter22"',
+        'WORD = "hunter"\nPIN = "7"',
+        'COLOUR = "a rather long one, hunter, of words"',
+    ],
+)
+def test_what_tables_hide_is_hidden_in_errors_too(platform: Platform, tmp_path: Path, variable: str) -> None:
+    platform.faults["POST"], secrets = [400], Secrets()
+    text = minimal('name = "tts"').replace("[other_env]", f"[other_env]\n{variable}")
+    with connected(platform) as deployments, pytest.raises(DeployError) as error:
+        deployments.apply(deployments.plan(read(text, tmp_path, secrets=secrets)))
+    told = secrets.hide(str(error.value))
+    assert "hunter" not in told and '"7"' not in told and "example.com/tts:1" in told, told
+
+
+def test_a_secret_is_hidden_in_each_way_of_writing_it() -> None:
+    secrets = Secrets([PRIVATE_KEY, "postgres://user:pass-word@host/x"])
+    once, plain = json.dumps(PRIVATE_KEY), json.dumps(PRIVATE_KEY, ensure_ascii=False)
+    for text in (PRIVATE_KEY, once, plain, json.dumps(once), json.dumps(plain), repr(PRIVATE_KEY), ascii(PRIVATE_KEY)):
+        hidden = secrets.hide(f"got {text} here")
+        assert hidden.translate(str.maketrans("", "", "\\\"'")) == f"got {HIDDEN} here", hidden
+    assert secrets.hide("line 2 is QRSTuvwxyz; pass-word") == f"line 2 is {HIDDEN}; {HIDDEN}"
+
+
+def test_a_word_is_hidden_only_where_its_variable_is_named(tmp_path: Path) -> None:
+    secrets = Secrets()
+    read(FILE.replace("[other_env]", '[other_env]\nMODE = "turbo"'), tmp_path, secrets=secrets)
+    assert secrets.hide("turbo") == "turbo" and secrets.hide("MODEL: turbo") == "MODEL: turbo"
+    assert secrets.hide('{"MODE": "turbo"}') == f'{{"MODE": "{HIDDEN}"}}'
 
 
 def test_what_was_created_from_a_file_does_not_differ_from_it(platform: Platform, tmp_path: Path) -> None:
@@ -442,6 +646,7 @@ def test_what_was_created_from_a_file_does_not_differ_from_it(platform: Platform
         'exclude_gpus = ["NVIDIA L4"]',
         'registry = "reg1"',
         "flashboot = false",
+        "gpus_per_worker = 2",
     ):
         text = FILE.replace('min_cuda = "12.8"', change)
         file = read(text, tmp_path)
