@@ -9,8 +9,11 @@ jobs wait, how many workers run, and what that costs. Speeds are those that scri
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +27,21 @@ import typer  # noqa: E402
 from engine.models import MODELS  # noqa: E402
 from scripts.console import complain, print_json  # noqa: E402
 from scripts.planning import report  # noqa: E402
-from scripts.planning.arrivals import Lengths, Load, batch, from_trace, parse_amount, parse_seconds, poisson  # noqa: E402
+from scripts.planning.arrivals import (  # noqa: E402
+    MOST_JOBS,
+    Lengths,
+    Load,
+    batch,
+    from_trace,
+    parse_amount,
+    parse_seconds,
+    poisson,
+)
 from scripts.planning.kernel import Floats, Rule  # noqa: E402
 from scripts.planning.plot import write_plot  # noqa: E402
 from scripts.planning.prices import Kind, PlanError, Prices, read_prices  # noqa: E402
 from scripts.planning.simulation import Outcome, simulate  # noqa: E402
-from scripts.planning.sizing import size_for_deadline, size_for_waiting, with_headroom  # noqa: E402
+from scripts.planning.sizing import MOST_WORKERS, size_for_deadline, size_for_waiting, with_headroom  # noqa: E402
 from scripts.planning.speeds import (  # noqa: E402
     SPOKEN_CHARS_PER_S,
     Speed,
@@ -41,6 +53,7 @@ from scripts.planning.speeds import (  # noqa: E402
 UNKNOWN_START_S = 30.0
 """Assumed, and said so, where neither a measurement nor the user tells how long a worker takes to start."""
 CHECK_S = 1.0
+WAIT_P99_S = 10.0
 ALWAYS_ON, SCALED = "always on", "scaled"
 
 
@@ -78,7 +91,8 @@ def main(
         float | None, typer.Option(parser=seconds, metavar="TIME", help="When it is to be done.", rich_help_panel=LOAD)
     ] = None,
     jobs_per_second: Annotated[
-        float | None, typer.Option(min=1e-9, help="Jobs that keep coming, at random.", rich_help_panel=LOAD)
+        float | None,
+        typer.Option(min=1e-9, max=MOST_JOBS, help="Jobs that keep coming, at random.", rich_help_panel=LOAD),
     ] = None,
     trace: Annotated[
         Path | None,
@@ -95,21 +109,38 @@ def main(
     ] = 3600,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.", rich_help_panel=LOAD)] = 0,
     wait_p99: Annotated[
-        float,
-        typer.Option(parser=seconds, metavar="TIME", help="99 of 100 jobs wait no longer.", rich_help_panel=LOAD),
-    ] = 10,
+        float | None,
+        typer.Option(
+            parser=seconds,
+            metavar="TIME",
+            help=f"99 of 100 jobs wait no longer ({WAIT_P99_S:g}).",
+            rich_help_panel=LOAD,
+        ),
+    ] = None,
     concurrency: Annotated[
         int, typer.Option(min=1, max=1024, help="MAX_CONCURRENCY: jobs at once per worker.", rich_help_panel=SCALING)
     ] = 4,
-    workers_min: Annotated[int, typer.Option(min=0, help="Always running.", rich_help_panel=SCALING)] = 0,
+    workers_min: Annotated[
+        int, typer.Option(min=0, max=MOST_WORKERS, help="Always running.", rich_help_panel=SCALING)
+    ] = 0,
     workers_max: Annotated[
         int | None,
-        typer.Option(min=1, help="Else as many as --wait-p99 takes, and 20 % more.", rich_help_panel=SCALING),
+        typer.Option(
+            min=1,
+            max=MOST_WORKERS,
+            help="Else as many as --deadline takes, or --wait-p99 and 20 % more.",
+            rich_help_panel=SCALING,
+        ),
     ] = None,
     scaler: Annotated[Scaler, typer.Option(help="RunPod's.", rich_help_panel=SCALING)] = Scaler.QUEUE_DELAY,
     scaler_value: Annotated[
         float | None,
-        typer.Option(min=0.5, help="Seconds (4), or jobs for a worker (--concurrency).", rich_help_panel=SCALING),
+        typer.Option(
+            min=0.5,
+            max=1e6,
+            help="Seconds (4), or jobs for a worker (--concurrency).",
+            rich_help_panel=SCALING,
+        ),
     ] = None,
     idle_timeout: Annotated[
         float, typer.Option(parser=seconds, metavar="TIME", help="Of a worker without jobs.", rich_help_panel=SCALING)
@@ -165,6 +196,7 @@ def main(
 ) -> None:
     """Plan cost and capacity: of a million characters, of a heap of text, of an endpoint under a load."""
     check_together(characters, deadline, jobs_per_second, trace, plot)
+    check_workers(workers_min, workers_max, wait_p99, deadline)
     if model not in MODELS:
         raise typer.BadParameter(f"expected one of {', '.join(MODELS)}, got {model!r}", param_hint="--model")
     scaling = Rule(
@@ -186,16 +218,14 @@ def main(
         load = make_load(characters, jobs_per_second, trace, job_characters, lengths, duration, seed)
         if load is not None:
             known = {name: (kinds[name], speed) for name, speed in speeds.items() if speed is not None}
-            add_plans(contents, load, known, concurrency, scaling, start, deadline, wait_p99)
+            with interruptible():
+                add_plans(contents, load, known, concurrency, scaling, start, deadline, wait_p99 or WAIT_P99_S)
         if plot is not None:
             write_plot(plot, contents["plans"])
     except PlanError as error:
         complain(f"error: {error}")
         raise typer.Exit(1) from error
-    if as_json:
-        print_json(contents)
-    else:
-        show(contents)
+    print_all(contents, as_json)
 
 
 # ------------------------------------------------------------------------------------ what was asked
@@ -213,6 +243,15 @@ def check_together(
         raise typer.BadParameter(f"expected one load, got {' and '.join(loads)}", param_hint=loads[0])
     if plot is not None and not loads:
         raise typer.BadParameter("only a load can be plotted: say --characters, --jobs-per-second or --trace")
+
+
+def check_workers(fewest: int, most: int | None, wait_p99_s: float | None, deadline_s: float | None) -> None:
+    if most is not None and fewest > most:
+        raise typer.BadParameter(f"--workers-min {fewest} is over --workers-max {most}", param_hint="--workers-min")
+    if wait_p99_s is not None and deadline_s is not None:
+        raise typer.BadParameter("a heap of text has its --deadline", param_hint="--wait-p99")
+    if wait_p99_s is not None and most is not None:
+        raise typer.BadParameter("it says how many workers: leave out --workers-max", param_hint="--wait-p99")
 
 
 def with_prices(prices: Prices, texts: list[str]) -> Prices:
@@ -268,6 +307,39 @@ def make_load(
 # ------------------------------------------------------------------------------------ what comes out
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the program at once, as a shell expects it.
+
+    Python would wait for compiled code to return, and what it then raises inside of that crashes the process. Whoever
+    started the program with interrupts ignored, as with `nohup … &`, has them ignored.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def print_all(contents: dict[str, Any], as_json: bool) -> None:
+    try:
+        if as_json:
+            print_json(contents)
+        else:
+            show(contents)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # whoever read has read enough: typer ends with 1
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at its end Python would try once more
+        complain(f"error: standard output: {error}")
+        raise typer.Exit(1) from error
+
+
 def cost_document(
     model: str, concurrency: int, prices: Prices, kinds: dict[str, Kind], speeds: dict[str, Speed | None]
 ) -> dict[str, Any]:
@@ -307,14 +379,17 @@ def add_plans(
     plans: list[report.Plan] = []
     for name, (kind, speed) in known.items():
         rule = scaling._replace(start_s=starts[name][0])
-        for mode, sized, outcome in make_plans(load, speed.rates(concurrency), rule, deadline_s, wait_p99_s):
-            plans.append(report.Plan(name, kind, mode, sized, outcome))
+        try:
+            for mode, sized, outcome in make_plans(load, speed.rates(concurrency), rule, deadline_s, wait_p99_s):
+                plans.append(report.Plan(name, kind, mode, sized, outcome))
+        except PlanError as error:
+            raise PlanError(f"{name}: {error}") from error
     contents["load"] = {
         "jobs": len(load.arrivals),
         "characters": load.total_characters,
         "duration_s": load.duration_s,
         "deadline_s": deadline_s,
-        "wait_p99_s": None if deadline_s else wait_p99_s,
+        "wait_p99_s": None if deadline_s or scaling.workers_max else wait_p99_s,
     }
     contents["plans"] = [report.plan_row(plan, deadline_s) for plan in plans]
     contents["assumptions"] += report.assumptions_of_simulation(scaling, starts)
@@ -341,8 +416,6 @@ def make_plans(
         fixed, outcome = size_for_waiting(load, rates, rule, wait_p99_s)
         yield ALWAYS_ON, fixed, outcome
         rule = rule._replace(workers_max=max(with_headroom(fixed.workers_max), rule.workers_min))
-    if rule.workers_min > rule.workers_max:
-        raise PlanError(f"--workers-min {rule.workers_min} is over --workers-max {rule.workers_max}")
     yield SCALED, rule, simulate(load, rates, rule)
 
 

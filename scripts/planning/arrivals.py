@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,8 @@ from scripts.planning.kernel import Floats
 from scripts.planning.prices import PlanError
 
 MOST_JOBS = 100_000_000
+MOST_SECONDS = 366 * 86_400.0
+HEADER = ("seconds", "characters")
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 
@@ -34,11 +37,13 @@ class Load:
         arrivals: (jobs,) seconds, in order.
         characters: (jobs,) the length of each job's text.
         duration_s: how long jobs keep coming.
+        goes_on: whether it is a piece of a load that does not end there.
     """
 
     arrivals: Floats
     characters: Floats
     duration_s: float
+    goes_on: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.arrivals) == len(self.characters) > 0
@@ -62,7 +67,7 @@ def poisson(per_s: float, mean_characters: float, duration_s: float, lengths: Le
     if count == 0:
         raise PlanError(f"no job came in {duration_s:g} s at {per_s:g} jobs a second; lengthen --duration")
     arrivals = np.sort(generator.uniform(0.0, duration_s, count))
-    return Load(arrivals, _characters(mean_characters, count, lengths, generator), duration_s)
+    return Load(arrivals, _characters(mean_characters, count, lengths, generator), duration_s, goes_on=True)
 
 
 def batch(characters: float, job_characters: float, lengths: Lengths, seed: int) -> Load:
@@ -81,18 +86,18 @@ def _characters(mean: float, count: int, lengths: Lengths, generator: np.random.
 
 
 def from_trace(path: Path, job_characters: float) -> Load:
-    """Jobs of a CSV file: seconds, and optionally characters; a first line of names is passed over.
+    """Jobs of a CSV file: seconds, and optionally characters; a first line of just these names is passed over.
 
     Raises:
         PlanError: naming the line at fault.
     """
     rows: list[tuple[float, float]] = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel marks its UTF-8
             for number, cells in enumerate(csv.reader(file), start=1):
-                if cells and not (number == 1 and not _is_number(cells[0])):
+                if cells and not (number == 1 and _is_header(cells)):
                     rows.append(_row(cells, job_characters, f"{path}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PlanError(f"{path}: {error}") from error
     if not rows:
         raise PlanError(f"{path}: expected lines of seconds,characters; there are none")
@@ -106,6 +111,10 @@ def _row(cells: list[str], job_characters: float, where: str) -> tuple[float, fl
     if len(numbers) != min(len(cells), 2) or not math.isfinite(seconds) or not 0 < characters < math.inf:
         raise PlanError(f"{where}: expected seconds,characters, got {','.join(cells)!r}")
     return seconds, characters
+
+
+def _is_header(cells: list[str]) -> bool:
+    return tuple(cell.strip() for cell in cells[:2]) == HEADER[: len(cells)]
 
 
 def _is_number(text: str) -> bool:
@@ -122,7 +131,7 @@ def parse_amount(text: str) -> float:
     Raises:
         ValueError: naming what was expected.
     """
-    return _parse(text, _SCALES, "a number above 0 such as 800, 50k or 50M")
+    return _parse(text, _SCALES, "a number above 0 such as 800, 50k or 50M", sys.float_info.max)
 
 
 def parse_seconds(text: str) -> float:
@@ -131,13 +140,13 @@ def parse_seconds(text: str) -> float:
     Raises:
         ValueError: naming what was expected.
     """
-    return _parse(text, {"": 1.0, **_SECONDS}, "a time above 0 such as 90s, 30m, 8h or 2d")
+    return _parse(text, {"": 1.0, **_SECONDS}, "a time above 0, up to a year, such as 90s, 30m, 8h or 2d", MOST_SECONDS)
 
 
-def _parse(text: str, units: dict[str, float], expected: str) -> float:
+def _parse(text: str, units: dict[str, float], expected: str, at_most: float) -> float:
     match = re.fullmatch(r"\s*([\d_,]*\.?\d+)\s*([a-z]*)\s*", text.lower())
     unit = units.get(match[2]) if match else None
     number = float(match[1].replace("_", "").replace(",", "")) if match else 0.0
-    if unit is None or not 0 < number * unit < math.inf:
+    if unit is None or not 0 < number * unit <= at_most:
         raise ValueError(f"expected {expected}, got {text!r}")
     return number * unit

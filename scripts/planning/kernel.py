@@ -48,7 +48,7 @@ class Rule(NamedTuple):
         scaler_value: jobs for one worker, or the seconds a job may wait before there are more workers.
         check_s: how often it is looked at.
         start_s: from asking for a worker until it takes jobs.
-        revive_s: the same where one stopped at most `revivable_s` ago (FlashBoot).
+        revive_s: the same where one stopped at most `revivable_s` ago (FlashBoot); where that is 0, never.
         idle_s: how long a worker without jobs stays.
     """
 
@@ -173,7 +173,7 @@ def foresee(fleet: Fleet, worker: int, rule: Rule, rates: Floats, events: list[E
 
 @compiled
 def least_loaded(fleet: Fleet, concurrency: int) -> int:
-    """A worker with the fewest jobs, of those with room; NOBODY where all are full."""
+    """A worker with the fewest jobs, of those the one that came to that number last; NOBODY where all are full."""
     for level in range(concurrency):
         if fleet.first[level] != NOBODY:
             return int(fleet.first[level])
@@ -214,7 +214,7 @@ def finish(fleet: Fleet, worker: int, now: float, rates: Floats) -> int:
 @compiled
 def start_worker(fleet: Fleet, rule: Rule, now: float, events: list[Event]) -> None:
     worker = take_off(fleet)
-    is_revived = now - fleet.stopped[worker] <= rule.revivable_s
+    is_revived = rule.revivable_s > 0 and now - fleet.stopped[worker] <= rule.revivable_s
     seconds = rule.revive_s if is_revived else rule.start_s
     fleet.status[worker] = STARTING
     fleet.num[2] += 1
@@ -256,8 +256,17 @@ def workers_wanted(fleet: Fleet, rule: Rule, concurrency: int, waiting: int, ove
 
 
 @compiled
+def is_more_now(events: list[Event], now: float, next_arrival: float) -> bool:
+    """Whether at this very moment another job is done or comes, or another worker is ready."""
+    return next_arrival == now or (len(events) > 0 and events[0][0] == now and events[0][1] != IDLE_OUT)
+
+
+@compiled
 def run(arrivals: Floats, lengths: Floats, rates: Floats, rule: Rule, starts: Floats, ends: Floats) -> tuple[Any, Any]:
     """Simulate until every job is done and every worker that may stop has stopped.
+
+    What happens at the same moment happens in this order: jobs are done, workers are ready, jobs come; then jobs are
+    given out, to all those workers; then workers that have been idle for long enough stop, and then the scaler looks.
 
     Args:
         arrivals: (jobs,) in order, seconds.
@@ -280,11 +289,11 @@ def run(arrivals: Floats, lengths: Floats, rates: Floats, rule: Rule, starts: Fl
         now = min(next_event, next_arrival, next_check)
         if now == np.inf:
             break
-        if next_event == now:
+        if next_event == now and not (events[0][1] == IDLE_OUT and next_arrival == now):
             _, what, worker, version = heapq.heappop(events)
             if version != fleet.version[worker]:
-                continue
-            if what == DONE:
+                pass  # something else happened there since
+            elif what == DONE:
                 ends[finish(fleet, worker, now, rates)] = now
                 done += 1
                 foresee(fleet, worker, rule, rates, events)
@@ -296,6 +305,7 @@ def run(arrivals: Floats, lengths: Floats, rates: Floats, rule: Rule, starts: Fl
                 sizes.append((now, fleet.num[1], fleet.num[2]))
         elif next_arrival == now:
             arrived += 1
+            next_arrival = arrivals[arrived] if arrived < num_jobs else np.inf
         else:
             next_check = np.inf
             late = max(late, taken)
@@ -307,6 +317,8 @@ def run(arrivals: Floats, lengths: Floats, rates: Floats, rule: Rule, starts: Fl
                 start_worker(fleet, rule, now, events)
             if more > 0:
                 sizes.append((now, fleet.num[1], fleet.num[2]))
+        if is_more_now(events, now, next_arrival):
+            continue
         while taken < arrived:
             worker = least_loaded(fleet, concurrency)
             if worker == NOBODY:

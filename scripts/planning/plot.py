@@ -15,7 +15,7 @@ def write_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw plans (`report.plan_row`) into a file; its suffix says the format.
 
     Raises:
-        PlanError: when matplotlib is not installed, or does not know the format.
+        PlanError: when matplotlib is not installed or does not know the format, or when the file cannot be written.
     """
     try:
         import matplotlib as mpl
@@ -28,10 +28,10 @@ def write_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for axes, row in zip(all_axes[:, 0], rows, strict=True):
         _draw(axes, row)
     figure.legend(*_labels(all_axes[0, 0]), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise PlanError(f"--plot {path}: {error}") from error
     finally:
         pyplot.close(figure)

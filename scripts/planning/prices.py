@@ -22,7 +22,7 @@ class Kind(BaseModel):
     Prices are US dollars. None stands for a price that nobody has filled in.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     flex_per_s: float | None = Field(default=None, ge=0)
     active_per_s: float | None = Field(default=None, ge=0)
@@ -69,8 +69,13 @@ def read_prices(path: Path) -> Prices:
         return Prices.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise PlanError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise PlanError(f"{path}: {first_mistake(error)}") from error
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Where it is and what was expected, as `kinds.ADA_24.vcpus: …`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -215,6 +215,7 @@ def assumptions_of_simulation(rule: Rule, starts: Mapping[str, tuple[float, str]
         f"Scaler: {scaler}, looked at every {rule.check_s:g} s; a worker without jobs stops after {rule.idle_s:g} s",
         "Starting: " + "; ".join(f"{name} {seconds:.3g} s ({why})" for name, (seconds, why) in starts.items()),
         f"{flashboot}. There are always as many machines as asked for",
-        "One queue, first in, first out; a job goes to the worker with the fewest jobs, whose speed its jobs share",
+        "One queue, first in, first out; a job goes to the worker with the fewest jobs, of several to the one that "
+        "came to that number last; a worker's jobs share its speed",
         "Starting, working and idle seconds are paid for; rounding up to whole seconds (under 1 s a start) is left out",
     ]

@@ -51,8 +51,7 @@ class Outcome:
     @property
     def utilisation(self) -> float:
         """Of the seconds that are paid for, the part in which a worker had jobs."""
-        total = self.active.total + self.flex.total
-        return (self.active.busy + self.flex.busy) / total if total else 0.0
+        return (self.active.busy + self.flex.busy) / self.paid_s if self.paid_s else 0.0
 
     @property
     def paid_s(self) -> float:
@@ -91,6 +90,7 @@ def simulate(load: Load, rates: Floats, rule: Rule) -> Outcome:
     """
     assert rule.workers_max >= max(1, rule.workers_min), rule
     assert len(rates) > 1 and rates[0] == 0 and (rates[1:] > 0).all(), rates
+    assert np.isfinite(rule).all(), f"it would never end: {rule}"
     assert rule.check_s > 0 and rule.scaler_value > 0 and rule.start_s >= 0 and rule.idle_s >= 0, rule
     starts, ends = np.full(len(load.arrivals), np.nan), np.full(len(load.arrivals), np.nan)
     lengths = np.ascontiguousarray(load.characters)

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from scripts.planning.prices import Kind, PlanError
+from scripts.planning.prices import Kind, PlanError, first_mistake
 
 SPOKEN_CHARS_PER_S = 14.0
 """Characters in a second of English audio where nothing was measured: the pace that the engine's guard expects."""
+_USED = {("speak", "chars_per_s"), ("speak", "real-time-factor"), ("cold-start", "ready_s")}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Speed:
     source: str
 
     def __post_init__(self) -> None:
-        assert self.points and all(jobs > 0 and rate > 0 for jobs, rate in self.points), self.points
+        assert self.points and self.points[0][0] == 1, "a worker with one job would be as fast as one with many"
+        assert all(jobs > 0 and rate > 0 for jobs, rate in self.points), self.points
 
     def rates(self, concurrency: int) -> NDArray[np.float64]:
         """Characters per second of a worker with 0, 1, … jobs: straight lines between points, level beyond them."""
@@ -78,6 +81,39 @@ class Machine:
         return self.gpu in kind.gpus if self.gpu else kind.vcpus == self.cores
 
 
+class _Machine(BaseModel):
+    gpu: str | None
+    cores: int
+
+
+class _Series(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    median: float
+    samples: tuple[float, ...]
+    rows: int | None
+    num_threads: int
+
+
+class _Row(BaseModel):
+    row: str
+    key: str
+    better: str
+    ours: _Series
+
+
+class _Benchmark(BaseModel):
+    """What is read of a file that scripts/benchmark.py wrote."""
+
+    machine: _Machine
+    weights: dict[str, Any]
+    device: str
+    figures: tuple[_Row, ...]
+
+    def is_of(self, model: str) -> bool:
+        return self.weights.get("model") == model and self.weights.get("size") == "full"
+
+
 @dataclass
 class Measured:
     """All figures of a model, by machine."""
@@ -93,40 +129,50 @@ class Measured:
 
 
 def read_measured(folder: Path, model: str) -> Measured:
-    """All figures of a model's full size in a folder of benchmark files; what is no such file is passed over."""
+    """All figures of a model's full size in a folder of benchmark files; what is no such file is passed over.
+
+    Raises:
+        PlanError: when there is no such folder, or a file in it has a mistake, naming what is wrong where.
+    """
+    if not folder.is_dir():
+        raise PlanError(f"--benchmarks {folder}: there is no such folder")
     measured = Measured(model)
     for path in sorted(folder.glob("*.json")):
         content = _benchmark(path)
-        if content is None or content["weights"].get("model") != model or content["weights"].get("size") != "full":
+        if content is None or not content.is_of(model):
             continue
-        where = content["machine"]
-        on_gpu = str(content["device"]).startswith("cuda")
-        machine = Machine(where["gpu"] if on_gpu else None, where["cores"])
-        measured.figures.setdefault(machine, []).extend(_figures(content, path.name))
+        machine = Machine(content.machine.gpu if content.device.startswith("cuda") else None, content.machine.cores)
+        measured.figures.setdefault(machine, []).extend(_figures(content, path))
     return measured
 
 
-def _benchmark(path: Path) -> dict[str, Any] | None:
+def _benchmark(path: Path) -> _Benchmark | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        is_one = isinstance(content, dict) and set(_Benchmark.model_fields) <= set(content)
+        return _Benchmark.model_validate(content) if is_one else None
+    except ValidationError as error:
+        raise PlanError(f"{path}: {first_mistake(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: {error}") from error
-    needed = {"machine", "weights", "device", "figures"}
-    return content if isinstance(content, dict) and needed <= set(content) else None
 
 
-def _figures(content: Mapping[str, Any], file: str) -> Iterator[Figure]:
-    for each in content["figures"]:
-        ours = each["ours"]
+def _figures(content: _Benchmark, path: Path) -> Iterator[Figure]:
+    """Those that a speed is made of."""
+    for each in content.figures:
+        if each.row != "throughput" and (each.row, each.key) not in _USED:
+            continue
+        if each.ours.median <= 0:
+            raise PlanError(f"{path}: {each.row} {each.key}: expected a median above 0, got {each.ours.median:g}")
         yield Figure(
-            row=each["row"],
-            key=each["key"],
-            value=ours["median"],
-            num_samples=len(ours["samples"]),
-            is_better_high=each["better"] == "more",
-            rows=ours["rows"],
-            threads=ours["num_threads"],
-            file=file,
+            row=each.row,
+            key=each.key,
+            value=each.ours.median,
+            num_samples=len(each.ours.samples),
+            is_better_high=each.better == "more",
+            rows=each.ours.rows,
+            threads=each.ours.num_threads,
+            file=path.name,
         )
 
 
@@ -189,6 +235,10 @@ def _parse_factor(text: str, kinds: Mapping[str, Kind]) -> tuple[str, tuple[tupl
         points = {}
     if not points or min(points) < 1 or not all(0 < rate < float("inf") for rate in points.values()):
         raise PlanError(f"--factor {text}: expected KIND=CHARS_PER_S or KIND=1:300,16:2000 (jobs at once : characters)")
+    if 1 not in points:
+        raise PlanError(
+            f"--factor {text}: say too how fast a worker with one job at once is, as in {name}=1:300,{value}"
+        )
     return name, tuple(sorted(points.items()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +18,9 @@ import pytest
 from scripts.planning.arrivals import Lengths, Load, batch, from_trace, parse_amount, parse_seconds, poisson
 from scripts.planning.kernel import Floats, Rule
 from scripts.planning.prices import Kind, PlanError, read_prices
+from scripts.planning.report import kind_row
 from scripts.planning.simulation import Outcome, simulate
-from scripts.planning.sizing import fewest, size_for_deadline, size_for_waiting
+from scripts.planning.sizing import fewest, size_for_deadline, size_for_waiting, with_headroom
 from scripts.planning.speeds import Speed, parse_factors, read_measured
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +171,30 @@ def test_flashboot_helps_only_a_worker_that_stopped_lately() -> None:
     assert cold == pytest.approx(4 + 20) and revived == pytest.approx(4 + 1) and cold_again == pytest.approx(4 + 20)
 
 
+CROWD = Load(np.zeros(4), np.full(4, 3000.0), 0.0)
+BY_REQUESTS = scaled(3, by_requests=1, scaler_value=1.0)
+"""Asked for at 1 s, three workers are ready at 21 s. Two are done at 121 s and stop at 126 s, when the scaler looks
+and wants one of them back for the two jobs that the third has."""
+
+
+def test_without_flashboot_no_start_is_free_even_at_the_moment_of_a_stop() -> None:
+    outcome = simulate(CROWD, np.array([0.0, 30, 50, 60, 70]), BY_REQUESTS)
+    assert outcome.sizes[5:8].tolist() == [[126, 2, 0], [126, 1, 0], [126, 1, 1]]
+    assert outcome.num_starts == 4 and outcome.flex.starting == 4 * 20.0
+
+
+def test_jobs_are_given_to_all_workers_that_are_ready_at_that_moment() -> None:
+    outcome = simulate(CROWD, np.array([0.0, 30, 50, 60, 70]), BY_REQUESTS)
+    assert outcome.waits_s.tolist() == [21.0] * 4
+    assert sorted(outcome.totals_s) == pytest.approx([121.0, 121.0, 141.0, 141.0]), "one, one, and two together"
+
+
+def test_a_job_that_comes_when_a_worker_would_stop_is_taken_by_it() -> None:
+    load = Load(np.array([0.0, 31.0]), np.array([60.0, 60.0]), 31.0)  # asked for at 4 s: 20 to start, 2 busy, 5 idle
+    outcome = simulate(load, RATES, scaled(1))
+    assert outcome.waits_s.tolist() == [24.0, 0.0] and outcome.num_starts == 1
+
+
 # -------------------------------------------------------------------------------- what must not fall
 
 
@@ -207,23 +233,68 @@ def test_the_fewest_that_are_enough_are_found(needed: int, at_least: int) -> Non
 
 def test_a_size_for_a_deadline_meets_it_and_one_worker_less_does_not() -> None:
     load = batch(2e6, 800, Lengths.EXPONENTIAL, seed=6)
-    rule, outcome = size_for_deadline(load, RATES, scaled(1), deadline_s=3600)
+    rule, outcome = size_for_deadline(load, RATES, scaled(0), deadline_s=3600)
     assert rule.workers_max > 1 and outcome.finished_s <= 3600
     assert finished(load, rule) <= 3600 < finished(load, rule._replace(workers_max=rule.workers_max - 1))
 
 
 def test_a_shorter_deadline_takes_more_workers() -> None:
     load = batch(2e6, 800, Lengths.EXPONENTIAL, seed=6)
-    sizes = [size_for_deadline(load, RATES, scaled(1), 3600 / part)[0].workers_max for part in (1, 2, 4)]
+    sizes = [size_for_deadline(load, RATES, scaled(0), 3600 / part)[0].workers_max for part in (1, 2, 4)]
     assert sizes == sorted(sizes) and sizes[-1] > 3 * sizes[0]
 
 
 def test_a_deadline_that_no_number_of_workers_meets_is_refused() -> None:
     load = batch(2e5, 50_000, Lengths.FIXED, seed=0)
     with pytest.raises(PlanError, match="longest job alone 1667 s"):
-        size_for_deadline(load, RATES, scaled(1), deadline_s=600)
+        size_for_deadline(load, RATES, scaled(0), deadline_s=600)
     with pytest.raises(PlanError, match="not even 4 workers are enough"):
-        size_for_deadline(load, RATES, scaled(1), deadline_s=1667 + 20)
+        size_for_deadline(load, RATES, scaled(0), deadline_s=1667 + 20)
+
+
+def test_a_size_for_a_deadline_keeps_to_the_bounds_that_are_given() -> None:
+    load = batch(2e6, 800, Lengths.EXPONENTIAL, seed=6)
+    free, _ = size_for_deadline(load, RATES, scaled(0), deadline_s=3600)
+    needed = free.workers_max
+    more, outcome = size_for_deadline(load, RATES, scaled(0, workers_min=needed + 3), deadline_s=3600)
+    assert (more.workers_min, more.workers_max) == (needed + 3, needed + 3)
+    assert outcome.flex.total == 0 and outcome.active.total == pytest.approx((needed + 3) * outcome.finished_s)
+    some, outcome = size_for_deadline(load, RATES, scaled(needed + 9, workers_min=2), deadline_s=3600)
+    assert some.workers_min == 2 and some.workers_max <= needed and outcome.finished_s <= 3600
+    with pytest.raises(PlanError, match=rf"--workers-max {needed - 1} all is done after 3,\d+ s, not in"):
+        size_for_deadline(load, RATES, scaled(needed - 1), deadline_s=3600)
+
+
+@pytest.mark.parametrize(("per_s", "wait_s", "duration_s"), [(3.6, 60.0, 600.0), (0.7, 3600.0, 3600.0)])
+def test_workers_for_a_load_that_goes_on_are_more_than_it_keeps_busy(
+    per_s: float, wait_s: float, duration_s: float
+) -> None:
+    """However long jobs may wait: with fewer, the queue would only grow."""
+    load = poisson(per_s, 800.0, duration_s, Lengths.EXPONENTIAL, seed=0)
+    rule, _ = size_for_waiting(load, one_at_a_time(300.0), scaled(0), wait_s)
+    assert rule.workers_max == math.floor(load.total_characters / duration_s / 300.0) + 1
+
+
+def test_of_workers_that_slow_down_when_full_as_many_are_taken_as_can_stay_full() -> None:
+    load = poisson(1.0, 100.0, 200.0, Lengths.FIXED, seed=0)
+    rule, _ = size_for_waiting(load, np.array([0.0, 200.0, 30.0]), scaled(0), 3600.0)
+    assert rule.workers_max > load.characters_per_s / 30.0
+
+
+def test_workers_for_a_crowd_that_comes_once_may_be_fewer_than_it_keeps_busy() -> None:
+    crowd = Load(np.arange(10.0), np.full(10, 300.0), 9.0)
+    rule, outcome = size_for_waiting(crowd, one_at_a_time(30.0), scaled(0), wait_p99_s=50.0)
+    assert rule.workers_max == 2 and outcome.wait_s(99) <= 50.0
+
+
+def test_more_workers_than_can_be_simulated_are_refused() -> None:
+    load = poisson(100.0, 1e6, 10.0, Lengths.FIXED, seed=0)
+    with pytest.raises(PlanError, match="not even 1,000,000"):
+        size_for_waiting(load, one_at_a_time(1.0), scaled(0), wait_p99_s=5.0)
+
+
+def test_a_fleet_that_scales_has_a_fifth_more_workers() -> None:
+    assert [with_headroom(size) for size in (1, 5, 10, 11)] == [2, 6, 12, 14]
 
 
 def test_a_size_for_a_waiting_time_keeps_it_and_one_worker_less_does_not() -> None:
@@ -289,12 +360,72 @@ def test_rates_are_level_beyond_what_is_known() -> None:
     assert speed.real_time_factor(4) == 15.0 / 40.0
 
 
+CURVE = Speed(((1, 100.0), (2, 150.0), (4, 200.0)), 20.0, 9.0, "a file")
+PRICED = Kind(flex_per_s=0.002, active_per_s=0.001, pod_per_hour=5.4, vcpus=2)
+
+
+def test_a_kind_costs_what_a_full_worker_takes_for_it() -> None:
+    """Of 200 characters per second a million take 5,000 s; they speak 10 s of audio a second, an hour in 360 s."""
+    row = kind_row("X", PRICED, CURVE, 4, "")
+    assert row["chars_per_s"] == 200.0 and row["real_time_factor"] == pytest.approx(0.1) and row["ready_s"] == 9.0
+    assert row["hours_per_million_characters"] == pytest.approx(5000 / 3600)
+    assert row["usd_per_million_characters"] == pytest.approx({"flex": 10.0, "active": 5.0, "pod": 7.5})
+    assert row["usd_per_audio_hour"] == pytest.approx({"flex": 0.72, "active": 0.36, "pod": 0.54})
+    assert kind_row("X", PRICED, CURVE, 3, "")["usd_per_million_characters"]["flex"] == pytest.approx(2000 / 175)
+
+
 @pytest.mark.parametrize(
-    "text", ["ADA_24", "ADA_24=", "ADA_24=fast", "ADA_24=-1", "ADA_24=0:5", "ADA_24=inf", "MOON=5"]
+    "text",
+    ["ADA_24", "ADA_24=", "ADA_24=fast", "ADA_24=-1", "ADA_24=0:5", "ADA_24=inf", "ADA_24=1:nan", "MOON=5"],
 )
 def test_a_factor_that_says_nothing_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="--factor"):
         parse_factors([text], {"ADA_24": FLEX})
+
+
+def test_a_factor_without_the_speed_of_one_job_is_refused() -> None:
+    """That one job would be as fast as sixteen together."""
+    with pytest.raises(PlanError, match="ADA_24=1:300,16:2000"):
+        parse_factors(["ADA_24=16:2000"], {"ADA_24": FLEX})
+
+
+def broken(change: Callable[[dict[str, Any]], object]) -> str:
+    content = {
+        "machine": {"gpu": "NVIDIA L4", "cores": 16},
+        "device": "cuda:0",
+        "weights": {"model": "turbo", "size": "full"},
+        "figures": [figure("speak", "chars_per_s", 400.0)],
+    }
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        (broken(lambda each: each.update(machine={})), r"machine\.gpu: Field required"),
+        (broken(lambda each: each.update(weights=None)), "weights: "),
+        (broken(lambda each: each.update(figures=None)), "figures: "),
+        (broken(lambda each: each["figures"][0].pop("ours")), r"figures\.0\.ours: Field required"),
+        (broken(lambda each: each["figures"][0]["ours"].update(median="fast")), r"figures\.0\.ours\.median: "),
+        (broken(lambda each: each["figures"][0]["ours"].update(median=math.nan)), r"figures\.0\.ours\.median: "),
+        (broken(lambda each: each["figures"][0]["ours"].update(median=0)), "speak chars_per_s: expected a median"),
+    ],
+)
+def test_a_benchmark_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(PlanError, match=rf"bad\.json: .*{told}"):
+        read_measured(tmp_path, "turbo")
+
+
+def test_only_a_folder_that_is_there_holds_benchmarks(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"something": "else"}')
+    assert read_measured(tmp_path, "turbo").figures == {}
+    for nowhere in (tmp_path / "nowhere", tmp_path / "other.json"):
+        with pytest.raises(PlanError, match="there is no such folder"):
+            read_measured(nowhere, "turbo")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +440,7 @@ def test_times_are_read(text: str, value: float) -> None:
     assert parse_seconds(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "0", "-5", "8 parsecs", "h", "nan"])
+@pytest.mark.parametrize("text", ["", "0", "-5", "8 parsecs", "h", "nan", "inf", "9" * 400])
 def test_what_is_no_amount_is_refused(text: str) -> None:
     for parse in (parse_amount, parse_seconds):
         with pytest.raises(ValueError, match="expected"):
@@ -323,6 +454,31 @@ def test_a_trace_is_read_in_order_of_time(tmp_path: Path) -> None:
     assert load.arrivals.tolist() == [0, 5, 10] and load.characters.tolist() == [200, 300, 800]
     path.write_text("0,100\nten,5\n")
     with pytest.raises(PlanError, match=r"line 2: expected seconds,characters, got 'ten,5'"):
+        from_trace(path, 800)
+
+
+@pytest.mark.parametrize("header", ["", "seconds\n", "seconds,characters\n", "seconds, characters\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_trace_keeps_its_first_job_with_and_without_header_and_byte_order_mark(
+    tmp_path: Path, header: str, mark: str
+) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"{mark}{header}0,100\n5,200\n", encoding="utf-8")
+    assert from_trace(path, 800).characters.tolist() == [100, 200]
+
+
+@pytest.mark.parametrize("first", ["O,100", "0s,100", "time,characters", "seconds,chars", "seconds,100"])
+def test_a_mistyped_first_line_of_a_trace_is_no_header(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"{first}\n5,200\n")
+    with pytest.raises(PlanError, match=f"line 1: expected seconds,characters, got '{first}'"):
+        from_trace(path, 800)
+
+
+def test_a_trace_that_is_no_csv_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"0,100\n5,{'9' * 200_000}\n")
+    with pytest.raises(PlanError, match=r"trace\.csv: field larger"):
         from_trace(path, 800)
 
 
@@ -383,6 +539,22 @@ def test_an_endpoint_under_a_load_is_told_in_tables_with_its_assumptions(plan: R
         (("--jobs-per-second", "1", "--trace", "x.csv"), "expected one load"),
         (("--plot", "x.png"), "only a load"),
         (("--model", "nanoo"), "nano"),
+        (("--jobs-per-second", "inf"), "--jobs-per-second"),
+        (("--jobs-per-second", "nan"), "--jobs-per-second"),
+        (
+            ("--jobs-per-second", "1", "--scaler-value", "inf", "--kind", "CPU_2", "--workers-max", "3"),
+            "--scaler-value",
+        ),
+        (
+            ("--jobs-per-second", "1", "--scaler-value", "nan", "--kind", "CPU_2", "--workers-max", "3"),
+            "--scaler-value",
+        ),
+        (("--jobs-per-second", "1", "--workers-max", "3", "--wait-p99", "5s"), "leave out --workers-max"),
+        (("--characters", "1M", "--deadline", "2h", "--wait-p99", "5s"), "has its --deadline"),
+        (
+            ("--characters", "1M", "--deadline", "2h", "--workers-max", "3", "--workers-min", "4"),
+            "over --workers-max 3",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(plan: Run, arguments: tuple[str, ...], told: str) -> None:
@@ -398,6 +570,12 @@ def test_options_that_do_not_go_together_are_refused(plan: Run, arguments: tuple
         (("--prices", "nowhere.toml"), "nowhere.toml: No such file"),
         (("--trace", "nowhere.csv"), "nowhere.csv"),
         (("--price", "CPU_2=cheap"), "expected KIND=DOLLARS_PER_HOUR"),
+        (("--benchmarks", "nowhere"), "nowhere: there is no such folder"),
+        (
+            ("--kind", "CPU_2", "--characters", "1M", "--deadline", "2h", "--workers-max", "3"),
+            "CPU_2: with --workers-max",
+        ),
+        (("--jobs-per-second", "0.1", "--kind", "CPU_2", "--plot", "README.md/y.png"), "--plot README.md/y.png"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(plan: Run, arguments: tuple[str, ...], told: str) -> None:
@@ -406,10 +584,70 @@ def test_what_cannot_be_planned_is_one_line(plan: Run, arguments: tuple[str, ...
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_what_a_simulated_endpoint_costs_is_its_seconds_at_their_price(plan: Run, tmp_path: Path) -> None:
+    """A job of 1,000 characters alone on a worker: asked for after 4 s, ready after 20 s, busy 10 s, idle 5 s.
+
+    The look at 4 s is the first that sees a job 4 s old. 35 flex seconds, in a run of 34 s.
+    """
+    prices, trace, benchmarks = tmp_path / "prices.toml", tmp_path / "trace.csv", tmp_path / "benchmarks"
+    head = 'source = "s"\nurl = "u"\nread = 2026-01-01\n'
+    prices.write_text(head + "[kinds.X]\nvcpus = 2\nflex_per_s = 0.002\nactive_per_s = 0.001\npod_per_hour = 5.4\n")
+    trace.write_text("seconds,characters\n0,1000\n")
+    benchmarks.mkdir()
+    options = ("--prices", prices, "--benchmarks", benchmarks, "--factor", "X=1:100,2:150,4:200", "--trace", trace)
+    done = plan(*options, "--start", "20s", "--workers-max", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    (kind,), (row,) = content["kinds"], content["plans"]
+    assert kind["usd_per_million_characters"] == pytest.approx({"flex": 10.0, "active": 5.0, "pod": 7.5})
+    assert row["wait_s"]["p50"] == 24.0 and row["total_s"]["p99"] == row["finished_s"] == 34.0
+    assert row["paid_s"]["flex"] == {"busy": 10.0, "idle": 5.0, "starting": 20.0, "total": 35.0}
+    assert row["usd"] == pytest.approx(0.07) and row["usd_per_million_characters"] == pytest.approx(70.0)
+    assert row["usd_per_hour"] == pytest.approx(0.07 * 3600 / 34) and row["utilisation"] == pytest.approx(10 / 35)
+    assert content["load"]["wait_p99_s"] is None, "nothing was sized by it"
+
+
+def test_a_fleet_that_scales_may_have_a_fifth_more_than_is_enough_always_on(plan: Run) -> None:
+    options = ("--kind", "AMPERE_24", "--factor", "AMPERE_24=300", "--concurrency", 1, "--wait-p99", "1m", "--json")
+    done = plan(*options, "--jobs-per-second", 3.6, "--duration", "10m")
+    assert done.returncode == 0, done.stderr
+    always_on, flex = json.loads(done.stdout)["plans"]
+    assert always_on["workers_min"] == 10 and (flex["workers_min"], flex["workers_max"]) == (0, 12)
+
+
+def instead(lines: str) -> tuple[str, str]:
+    """How to run the program after some lines of Python."""
+    return "-c", f"import sys, runpy; {lines}; runpy.run_path('scripts/plan.py', run_name='__main__')"
+
+
 def without(module: str) -> tuple[str, str]:
     """How to run the program where a package is not installed."""
-    hidden = f"import sys, runpy; sys.modules['{module}'] = None"
-    return "-c", f"{hidden}; runpy.run_path('scripts/plan.py', run_name='__main__')"
+    return instead(f"sys.modules['{module}'] = None")
+
+
+INTERRUPTED = "import os, signal, scripts.planning.simulation as each; {}each.run = lambda *_: os.kill(os.getpid(), 2)"
+
+
+def test_an_interrupt_ends_a_simulation_without_waiting_for_compiled_code(plan: Run) -> None:
+    """By the signal itself: Python's own handler would run only after that code."""
+    done = plan("--jobs-per-second", 1, "--kind", "CPU_2", before=instead(INTERRUPTED.format("")))
+    assert done.returncode == -signal.SIGINT and not done.stderr
+
+
+def test_an_interrupt_that_whoever_started_it_ignores_is_ignored(plan: Run) -> None:
+    ignoring = INTERRUPTED.format("signal.signal(signal.SIGINT, signal.SIG_IGN); ")
+    done = plan("--jobs-per-second", 1, "--kind", "CPU_2", before=instead(ignoring))
+    assert done.returncode == 1 and "cannot unpack" in done.stderr, "it went on, with what the stand-in does not give"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no full device")
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_an_output_that_takes_no_more_is_one_line(form: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "scripts/plan.py", "--kind", "CPU_2", *form]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: standard output: [Errno 28]")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_without_a_compiler_the_same_lines_give_the_same(plan: Run) -> None:
@@ -428,6 +666,17 @@ def test_a_table_of_prices_with_a_mistake_is_refused_by_name(tmp_path: Path) -> 
     path = tmp_path / "prices.toml"
     path.write_text('source="s"\nurl="u"\nread=2026-01-01\n[kinds.X]\nvcpus=2\nflex_per_second=1\n')
     with pytest.raises(PlanError, match=r"kinds\.X\.flex_per_second"):
+        read_prices(path)
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [(b"\xff = 1", "utf-8"), (b"source=", "Invalid value"), (b"[kinds.X]\nvcpus=2\nflex_per_s=inf\n", "finite")],
+)
+def test_a_table_of_prices_that_cannot_be_read_is_refused_by_name(tmp_path: Path, table: bytes, told: str) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_bytes(b'source="s"\nurl="u"\nread=2026-01-01\n' + table)
+    with pytest.raises(PlanError, match=rf"prices\.toml: .*{told}"):
         read_prices(path)
 
 
