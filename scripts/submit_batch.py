@@ -373,6 +373,7 @@ class _Batch:
             _tell_problems(problems)
             self.checked.problems.extend(problems)
             bad = {problem.source for problem in problems}
+            self.checked.bad_keys |= {row.key for row in self.checked.rows if row.source in bad}
             self.checked.rows[:] = [row for row in self.checked.rows if row.source not in bad]
             _refuse(self.checked, self.skip_bad, self.source, ())
         changes = manifest.meet(
@@ -380,6 +381,7 @@ class _Batch:
             is_all=self.is_all,
             endpoint=where.name,
             retry_failed=self.retry_failed,
+            bad_keys=self.checked.bad_keys,
         )
         self._tell_changes(changes)
         for job_id in manifest.abandoned_jobs():

@@ -133,10 +133,12 @@ class Checked:
     Args:
         rows: that a worker would take.
         problems: with the others.
+        bad_keys: of those of them that have a key.
     """
 
     rows: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    bad_keys: set[str] = field(default_factory=set)
 
 
 def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequence[str] = ()) -> Checked:
@@ -161,6 +163,7 @@ def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequenc
             if columns_problem is not None:  # that of every row
                 checked.problems.append(columns_problem)
                 return checked
+        key = None
         try:
             given = _given_of(raw, reading)
             named = _key_of(raw, reading)
@@ -174,6 +177,7 @@ def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequenc
             checked.rows.append(row)
         except _Wrong as wrong:
             checked.problems.append(Problem(raw.source, str(wrong)))
+            checked.bad_keys |= {key} if key is not None else set()
     return checked
 
 

@@ -19,7 +19,7 @@ import itertools
 import json
 import sqlite3
 import uuid
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -180,7 +180,9 @@ class Manifest:
             raise BatchError(f"{self._folder} holds what became of {before[0]}; {ways}")
         self._database.execute("INSERT OR REPLACE INTO about VALUES ('input', ?)", (path,))
 
-    def meet(self, rows: Sequence[Row], *, is_all: bool, endpoint: str, retry_failed: bool) -> Changes:
+    def meet(
+        self, rows: Sequence[Row], *, is_all: bool, endpoint: str, retry_failed: bool, bad_keys: Set[str] = frozenset()
+    ) -> Changes:
         """Take in what a run is to do.
 
         Args:
@@ -188,6 +190,7 @@ class Manifest:
             is_all: whether those are all rows of the batch, so that others are gone from it.
             endpoint: ids of jobs are worth something there only.
             retry_failed: whether what failed is to be tried again.
+            bad_keys: of rows that are in the batch, and cannot be done as they are.
         """
         changes = Changes()
         with self._transaction():
@@ -195,8 +198,7 @@ class Manifest:
             known = {key for (key,) in self._database.execute("SELECT key FROM rows")}
             foreign = {names.folded(path.stem) for path in self._folder.iterdir() if _may_be_in_the_way(path)}
             if is_all:
-                self._let_go(known - {row.key for row in rows}, changes)
-                self._database.execute("UPDATE rows SET position = NULL")
+                self._let_go(known - {row.key for row in rows} - bad_keys, changes)
             for row in rows:
                 self._meet_row(row, row.key not in known, foreign, changes)
             if retry_failed:
@@ -207,6 +209,7 @@ class Manifest:
     def _let_go(self, keys: Iterable[str], changes: Changes) -> None:
         """Of rows that are not in the batch any more, nothing is to be under way."""
         changes.gone = sorted(keys)
+        self._database.executemany("UPDATE rows SET position = NULL WHERE key = ?", [(key,) for key in changes.gone])
         for task in itertools.chain(*(self.tasks(key) for key in changes.gone)):
             if task.state == SENT:
                 self._abandon(task)

@@ -419,6 +419,18 @@ def test_a_row_without_a_key_is_the_same_whatever_stands_in_columns_that_are_ign
         assert len(fleet.asked) == 1
 
 
+def test_a_row_that_was_done_and_is_bad_now_is_not_gone(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(2)), tmp_path / "out"
+    with fleet_of() as fleet:
+        assert on(fleet, source, "--out", out).returncode == 0
+        write_rows(source, [texts(2)[0] | {"text": "…"}, texts(2)[1]])
+        done = on(fleet, source, "--out", out, "--skip-bad")
+        assert done.returncode == 1 and "not in the input" not in done.stderr
+        assert "1 of 1 rows done, left out for 1 problem" in done.stderr and list(results(out)) == ["row-0", "row-1"]
+        write_rows(source, texts(2)[1:])
+        assert "not in the input any more" in on(fleet, source, "--out", out).stderr and list(results(out)) == ["row-1"]
+
+
 def test_long_texts_go_as_opus_unless_something_else_is_said(tmp_path: Path) -> None:
     long = "This is a sentence of a text that is long. " * 130
     source = write_rows(tmp_path / "rows.csv", [{"text": "Short."}, {"text": long}])
