@@ -8,46 +8,54 @@
 This machine speaks, with the model that MODEL names (draft unless it is set); with --endpoint (or
 RUNPOD_ENDPOINT_ID) a deployed worker does, with the key in RUNPOD_API_KEY. The audio alone is on standard
 output, all else on standard error. What goes wrong is one line, and exit code 1. Ctrl-C leaves no file, but with
---lines one of the lines that were spoken whole; exit code 130.
+--lines one of the lines that were spoken whole, and cancels an endpoint's job; exit code 130. So do SIGTERM (143) and a
+terminal that is closed (129). Ctrl-C again ends at once.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":
+    # Run as a file, Python looks for packages beside it; they are in the folder above.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+from scripts.speaker import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # before what takes seconds to import
+
 import asyncio
 import contextlib
 import json
-import os
-import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # run as a file, Python looks for packages beside it; they are in the folder above
+import typer
 
-import typer  # noqa: E402
-
-from jobs import logs  # noqa: E402
-from jobs.errors import JobError  # noqa: E402
-from jobs.schema import parse_job  # noqa: E402
-from jobs.settings import Settings, SettingsError, read_settings  # noqa: E402
-from jobs.worker import Worker  # noqa: E402
-from scripts.batch.client import Client  # noqa: E402
-from scripts.batch.errors import EndpointError  # noqa: E402
-from scripts.batch.rates import LIMITS  # noqa: E402
-from scripts.console import complain  # noqa: E402
-from scripts.speaker.reading import read_all, read_lines  # noqa: E402
-from scripts.speaker.sinks import OneWav, Sink, SinkError, Speakers, StandardOutput, file_sink, write  # noqa: E402
-from scripts.speaker.sources import Here, Source, SpeakingError, There  # noqa: E402
+from jobs import logs
+from jobs.errors import JobError
+from jobs.schema import parse_job
+from jobs.settings import Settings, SettingsError, read_settings
+from jobs.worker import Worker
+from scripts.batch.client import Client
+from scripts.batch.errors import EndpointError
+from scripts.batch.rates import LIMITS
+from scripts.console import complain
+from scripts.speaker.reading import read_all, read_lines
+from scripts.speaker.sinks import OneWav, Sink, SinkError, Speakers, file_sink, standard_output, write
+from scripts.speaker.sources import Here, Source, SpeakingError, There
 
 API_URL = "https://api.runpod.ai/v2"
 FORMATS = ("wav", "flac", "mp3", "opus")
 JOINABLE = ("wav", "mp3")
 """Kinds of which several, one after another, can be made one."""
 
-_SUFFIXES = {".ogg": "opus"}
+_SUFFIXES = {**{f".{name}": name for name in FORMATS}, ".ogg": "opus"}
+_ELSEWHERE = {"text": "the text itself, or --file", "output_format": "--format"}
 _MAX_TTS_CHARS = 5_000
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -103,7 +111,7 @@ def main(
         url = None if endpoint is None else f"{api_url.rstrip('/')}/{endpoint}"
         asked = Asked(_text(text, file), lines, given, output, url)
         _check(asked)
-        asyncio.run(_speak(asked))
+        interrupts.run(_speak(asked))
     except (UsageError, SettingsError, SinkError, SpeakingError, EndpointError, JobError) as error:
         code = f" ({error.code})" if isinstance(error, JobError) else ""
         complain(f"error: {error}{code}")
@@ -114,14 +122,15 @@ def main(
     except OSError as error:
         complain(f"error: {error}")
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
+    except interrupts.Interrupted as interrupted:
         _drop_output()
-        raise typer.Exit(130) from None
+        raise typer.Exit(interrupted.exit_code) from None
 
 
 def _drop_output() -> None:
     """What standard output still holds goes nowhere: at its end Python would complain that nobody takes it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------ what was asked for
@@ -134,7 +143,7 @@ def _text(text: str | None, file: Path | None) -> str | None:
         return _decoded(file.read_bytes(), str(file))
     if text not in (None, "-"):
         return text
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("expected a text, --file, or text on standard input")
     return None
 
@@ -153,6 +162,8 @@ def _fields(given: list[str]) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"--set {item}: expected FIELD=VALUE")
+        if name in _ELSEWHERE:
+            raise UsageError(f"--set {name} has no place here; say it with {_ELSEWHERE[name]}")
         try:
             fields[name] = json.loads(value)
         except ValueError:
@@ -168,9 +179,12 @@ def _recording(path: Path) -> str:
 
 def _format(named: str | None, output: str | None) -> str:
     suffix = "" if output in (None, "-") else Path(output or "").suffix.lower()
-    wanted = named or _SUFFIXES.get(suffix, suffix.removeprefix(".")) or "wav"
+    of_name = _SUFFIXES.get(suffix)
+    wanted = named or of_name or suffix.removeprefix(".") or "wav"
     if wanted not in FORMATS:
         raise UsageError(f"expected a file or --format of {', '.join(FORMATS)}, got {wanted!r}")
+    if of_name not in (None, wanted):
+        raise UsageError(f"--format {wanted} does not go with {output}, whose name says {of_name}")
     if output is None and wanted != "wav":
         raise UsageError(f"the speakers take wav, not {wanted}; --output names a file")
     return wanted
@@ -196,19 +210,27 @@ async def _speak(asked: Asked) -> None:
     with _sink(asked) as sink:
         async with contextlib.AsyncExitStack() as stack:
             source = await _source(asked, stack)
+            is_said = False
             async for text in _texts(asked):
                 await _say(text, asked, source, sink)
+                is_said = True
+        if not is_said:
+            raise UsageError("there is nothing to say: no line has a letter or a digit")
 
 
 async def _say(text: str, asked: Asked, source: Source, sink: Sink) -> None:
     result: dict[str, Any] = {}
+    is_heard = False
     async with contextlib.aclosing(source.speak(_job(text, asked), result)) as pieces:  # type: ignore[type-var]
         async for data in pieces:
-            if data:
-                await write(sink, data)
+            await write(sink, data)
+            is_heard |= bool(data)
+    if not is_heard:
+        raise SpeakingError("the job ended well, but there is no audio in its result")
     sink.end_file()
-    for warning in result.get("warnings", ()):
-        if not warning.startswith("idempotency_key"):  # which is ours, and for a lost answer only
+    warnings = result.get("warnings")
+    for warning in warnings if isinstance(warnings, list) else ():
+        if not str(warning).startswith("idempotency_key"):  # which is ours, and for a lost answer only
             complain(f"warning: {warning}")
 
 
@@ -220,7 +242,7 @@ def _sink(asked: Asked) -> Iterator[Sink]:
         yield speakers
         speakers.close()
     elif asked.output == "-":
-        out = StandardOutput()
+        out = standard_output()
         yield OneWav(out) if is_many_wavs else out
     else:
         with file_sink(Path(asked.output), keeps_whole=asked.lines) as file:
@@ -233,7 +255,7 @@ async def _source(asked: Asked, stack: contextlib.AsyncExitStack) -> Source:
         if not key:
             raise UsageError("an endpoint needs its key in RUNPOD_API_KEY")
         client = Client(asked.endpoint, key, LIMITS, on_trouble=_tell_trouble)
-        return There(await stack.enter_async_context(client))
+        return There(await stack.enter_async_context(client), complain)
     worker = await asyncio.to_thread(Worker.load, _settings(), local=True)
     stack.callback(worker.close)
     return Here(worker)

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import io
+import json
 import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
 import threading
 import types
 import wave
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from typer.testing import CliRunner
 
 from engine.audio.encoding import StreamEncoder, encode
 from engine.types import FloatArray
-from scripts.speaker.sinks import OneWav, SinkError, Speakers, file_sink, write
+from jobs.settings import Settings
+from jobs.worker import Worker
+from scripts.batch.client import Client
+from scripts.batch.rates import LIMITS
+from scripts.speak import app
+from scripts.speaker.reading import read_all, read_lines
+from scripts.speaker.sinks import OneWav, Sink, SinkError, Speakers, file_sink, write
+from scripts.speaker.sources import Here, SpeakingError, There
 from tests.platform import Platform, wait_until, without_ours
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "speak.py"
@@ -137,8 +150,8 @@ def test_an_interrupt_keeps_the_lines_that_were_spoken_and_waits_for_no_more(tmp
     )
     assert process.stdin is not None
     process.stdin.write(b"One line.\nOne line.\n")
-    written = tmp_path / ".all.wav.part"
-    wait_until(lambda: written.exists() and written.stat().st_size > len(line) + 44)  # the second has begun
+    # The second has begun:
+    wait_until(lambda: any(path.stat().st_size > len(line) + 44 for path in tmp_path.glob(".*.part")))
     assert "wrote all.wav" in interrupt(process)
     with wave.open(str(tmp_path / "all.wav")) as file:
         samples = file.readframes(1 << 24)
@@ -183,6 +196,67 @@ def test_what_cannot_be_is_one_line_and_leaves_no_file(arguments: list[str], tol
     assert not list(tmp_path.glob("*a.*"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["Hello.", "-o", "."], ". is a folder"),
+        (["Hello.", "-o", "file/a.wav"], "file"),
+        (["Hello.", "-o", "b.wav", "--format", "mp3"], "whose name says wav"),
+        (["Hello.", "-o", "b.ogg", "--format", "wav"], "whose name says opus"),
+        (["Hello.", "-o", "b.wav", "--set", "text=Bye."], "--set text has no place"),
+        (["Hello.", "-o", "b.wav", "--set", "output_format=mp3"], "--format"),
+        (["\n...\n", "--lines", "-o", "b.wav"], "nothing to say"),
+    ],
+)
+def test_what_would_be_lost_is_refused_before_anybody_speaks(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with endpoint(lambda _operation, _job_id: 500) as (url, asked):
+        monkeypatch.setenv("RUNPOD_API_KEY", "rpa_1")
+        ran = CliRunner().invoke(app, [*arguments, "--endpoint", "ep", "--api-url", url])
+    assert ran.exit_code == 1 and told in ran.output, ran.output
+    assert not asked and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [("-o - >&-", "standard output is closed"), ("- <&-", "expected a text")]
+)
+def test_what_is_closed_is_told(arguments: str, told: str, tmp_path: Path) -> None:
+    text = "" if "<" in arguments else "Hello. "
+    ran = subprocess.run(
+        f"{sys.executable} {SCRIPT} {text}{arguments}",
+        shell=True,
+        cwd=tmp_path,
+        env=without_ours(os.environ),
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    err = ran.stderr.decode()
+    assert ran.returncode == 1 and err.startswith("error: ") and told in err, err
+
+
+@pytest.mark.parametrize("read", [read_all, lambda: anext(read_lines())])
+def test_standard_input_that_does_not_wait_is_not_taken_for_its_end(
+    read: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = os.pipe()
+    os.write(theirs, b"Half a")
+    os.set_blocking(ours, False)
+
+    async def reading() -> bytes:
+        data: bytes = await read()
+        return data
+
+    with open(ours) as stdin, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdin", stdin)
+        with pytest.raises(OSError, match="does not wait"):
+            asyncio.run(reading())
+    os.close(theirs)
+
+
 # ------------------------------------------------------------------------------ sinks
 
 SOUND: FloatArray = (np.sin(np.arange(24_000) / 20) / 2).astype(np.float32)
@@ -222,6 +296,8 @@ def test_wavs_of_any_kind_become_one_that_has_the_samples_of_all(wav: bytes, pie
 
 class Kept:
     """A sink that keeps all."""
+
+    may_hang = False
 
     def __init__(self) -> None:
         self.data = b""
@@ -315,7 +391,8 @@ def test_whoever_is_cancelled_waits_until_nobody_writes() -> None:
         await asyncio.wait([writing])
         return writing.cancelled(), slow.data
 
-    assert asyncio.run(stop()) == (True, WHOLE)
+    was_cancelled, data = asyncio.run(stop())
+    assert was_cancelled and data and WHOLE.startswith(data)
 
 
 @pytest.mark.parametrize("keeps_whole", [True, False])
@@ -331,6 +408,82 @@ def test_of_lines_those_before_a_failure_are_kept(keeps_whole: bool, tmp_path: P
         fail()
     assert [path.name for path in tmp_path.iterdir()] == (["a.wav"] if keeps_whole else [])
     assert not keeps_whole or samples_of(tmp_path / "a.wav") == SAMPLES
+
+
+def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
+    with file_sink(tmp_path / "a.wav") as other:
+        other.write(b"other")
+        with file_sink(tmp_path / "a.wav") as ours:
+            ours.write(WHOLE)
+            other.write(b"other")
+        assert (tmp_path / "a.wav").read_bytes() == WHOLE
+    assert (tmp_path / "a.wav").read_bytes() == b"otherother"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a.wav").symlink_to("there/b.wav")
+    for _ in range(2):  # of nothing yet, then of a file
+        with file_sink(tmp_path / "a.wav") as sink:
+            sink.write(WHOLE)
+        assert (tmp_path / "a.wav").is_symlink() and (tmp_path / "there" / "b.wav").read_bytes() == WHOLE
+
+
+def test_a_pipe_that_has_a_name_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+    heard: list[bytes] = []
+    reader = threading.Thread(target=lambda: heard.append((tmp_path / "a.wav").read_bytes()), daemon=True)
+    reader.start()
+
+    async def send() -> None:
+        with file_sink(tmp_path / "a.wav") as sink:
+            await write(sink, WHOLE)
+
+    asyncio.run(send())
+    reader.join(20)
+    assert heard == [WHOLE] and stat.S_ISFIFO((tmp_path / "a.wav").stat().st_mode)
+
+
+@pytest.mark.parametrize("is_many", [True, False])
+def test_nobody_waits_for_a_pipe_that_is_not_read(is_many: bool, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+
+    async def stop() -> None:
+        with file_sink(tmp_path / "a.wav") as file:
+            sink: Sink = OneWav(file) if is_many else file
+            writing = asyncio.create_task(write(sink, WHOLE))
+            await asyncio.wait([writing], timeout=0.05)
+            writing.cancel()
+            await writing
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(stop())  # which waits for the threads that it knows
+
+
+@pytest.mark.parametrize("wav", [b"", b"RIFF", WHOLE[:40]])
+def test_a_wav_of_which_too_little_came_is_no_line(wav: bytes, tmp_path: Path) -> None:
+    def push() -> None:
+        with file_sink(tmp_path / "a.wav", keeps_whole=True) as file:
+            one = OneWav(file)
+            for data in (WHOLE, wav):
+                one.write(data)
+                one.end_file()
+
+    with pytest.raises(SinkError, match="ends before"):
+        push()
+    assert samples_of(tmp_path / "a.wav") == SAMPLES
+
+
+def test_speakers_that_are_gone_at_the_end_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("sounddevice")
+    exec(SPEAKERS.replace("def stop(self): pass", "def stop(self): raise PortAudioError('gone')"), vars(library))
+    monkeypatch.setitem(sys.modules, "sounddevice", library)
+    monkeypatch.chdir(tmp_path)
+    speakers = Speakers()
+    speakers.write(WHOLE)
+    with pytest.raises(SinkError, match="gone"):
+        speakers.close()
 
 
 # ------------------------------------------------------------------------------ keys
@@ -377,6 +530,258 @@ def test_a_key_goes_nowhere_where_it_is_not_safe(url: str, key: str, told: str, 
     ended = speak(tmp_path, "Hello.", "-o", "a.wav", "--endpoint", "abc", "--api-url", url, RUNPOD_API_KEY=key)
     assert ended.status == 1 and told in ended.err and "SECRET" not in ended.err
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------ endpoints that say what they should not
+
+Answer = Callable[[str, str], Mapping[str, Any] | int]
+"""What an operation of a job is answered: an object, or an HTTP error."""
+
+
+@contextmanager
+def endpoint(answer: Answer) -> Iterator[tuple[str, list[str]]]:
+    """Where an endpoint of any name is that takes every job (j0, j1, …), and what it was asked, beside /run."""
+    asked: list[str] = []
+    jobs: list[str] = []
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            operation, _, job_id = self.path.removeprefix("/ep/").partition("/")
+            if operation == "run":
+                jobs.append(f"j{len(jobs)}")
+                answered: Mapping[str, Any] | int = {"id": jobs[-1]}
+            else:
+                asked.append(f"{operation} {job_id}")
+                answered = answer(operation, job_id)
+            data = b"{}" if isinstance(answered, int) else json.dumps(answered).encode()
+            self.send_response(answered if isinstance(answered, int) else 200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(data)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on standard error."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+
+
+def coded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def piece(data: bytes, seq: int = 0, *, final: bool = False) -> dict[str, Any]:
+    return {"output": {"seq": seq, "final": final, "audio": coded(data)}}
+
+
+def whole(output: Any) -> Answer:
+    """Of a worker that does not stream."""
+    return lambda operation, _: {"status": "COMPLETED", **({"output": output} if operation == "status" else {})}
+
+
+def pieces(*stream: Any) -> Answer:
+    """Of a worker that streams these again and again."""
+    return lambda operation, _: {"status": "IN_PROGRESS", "stream": stream} if operation == "stream" else {}
+
+
+def spoken(answer: Answer, tell: Callable[[str], None] = lambda _: None) -> tuple[bytes, list[str]]:
+    """What is heard of a job, and which were cancelled."""
+
+    async def hear(url: str) -> bytes:
+        async with Client(f"{url}/ep", "rpa_1", LIMITS, patience_s=5) as client:
+            source = There(client, tell, patience_s=0)
+            return b"".join([data async for data in source.speak({"text": "Hello."}, {})])
+
+    with endpoint(answer) as (url, asked):
+        try:
+            return asyncio.run(hear(url)), cancelled(asked)
+        except SpeakingError as error:
+            error.add_note(str(cancelled(asked)))
+            raise
+
+
+def cancelled(asked: list[str]) -> list[str]:
+    return [text.removeprefix("cancel ") for text in asked if text.startswith("cancel")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (whole(["x"]), "no result"),
+        (whole({"audio": "abcde"}), "damaged"),
+        (whole({"audio": "UklG!!!!RgAA"}), "damaged"),
+        (whole({"audio": 5}), "damaged"),
+        (whole({"audio_url": 7}), "address is none"),
+        (whole({"audio_url": "ftp://example.com/a"}), "address is none"),
+        (pieces({"output": "text"}), "no stream"),
+        (pieces({"output": 7}), "no stream"),
+        (pieces("text"), "no stream"),
+        (lambda _operation, _job_id: {"status": "IN_PROGRESS", "stream": 5}, "no stream"),
+        (pieces({"output": {"chunks": []}}, {"output": {"chunks": "x"}}), "no stream"),
+        (pieces({"output": {"audio": "x"}}), "damaged"),
+        (pieces(piece(b"RIFF"), piece(b"RIFF", 3)), "piece 1 of the stream was lost"),
+    ],
+)
+def test_an_answer_that_is_none_is_told_and_its_job_not_paid_for(answer: Answer, told: str) -> None:
+    with pytest.raises(SpeakingError, match=told) as caught:
+        spoken(answer)
+    goes_on = answer("stream", "j0")
+    assert isinstance(goes_on, dict)
+    assert caught.value.__notes__ == [str(["j0"] if goes_on["status"] == "IN_PROGRESS" else [])]
+
+
+@pytest.mark.parametrize("output", [{}, {"audio": None}, {"audio": ""}, {"audio": None, "audio_url": None}])
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_result_without_audio_is_no_success(
+    output: dict[str, Any], lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_1")
+    with endpoint(whole(output)) as (url, _):
+        arguments = ["Hello.", "-o", "a.wav", *["--lines"] * lines, "--endpoint", "ep", "--api-url", url]
+        ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 1 and "no audio" in ran.output, ran.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_warnings_that_are_none_harm_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_1")
+    for warnings in (7, [7]):
+        with endpoint(whole({"audio": coded(WHOLE), "warnings": warnings})) as (url, _):
+            ran = CliRunner().invoke(app, ["Hello.", "-o", "a.wav", "--endpoint", "ep", "--api-url", url])
+        assert ran.exit_code == 0 and (tmp_path / "a.wav").read_bytes() == WHOLE
+
+
+def test_a_job_that_nobody_takes_is_told_of_once() -> None:
+    answers = iter(["IN_QUEUE", "IN_QUEUE", "IN_QUEUE", "COMPLETED"])
+
+    def answer(operation: str, _job_id: str) -> dict[str, Any]:
+        if operation == "stream":
+            return {"status": next(answers), "stream": []}
+        return {"status": "COMPLETED", "output": {"audio": coded(WHOLE)}}
+
+    told: list[str] = []
+    assert spoken(answer, told.append) == (WHOLE, [])
+    assert len(told) == 1 and "queue" in told[0]
+
+
+def speaking(cwd: Path, url: str, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments, "--endpoint", "ep", "--api-url", url],
+        cwd=cwd,
+        env=without_ours(os.environ) | {"RUNPOD_API_KEY": "rpa_1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "refusal"),
+    [(signal.SIGINT, 130, 404), (signal.SIGTERM, 143, 401), (signal.SIGHUP, 129, 400)],
+)
+def test_a_signal_cancels_the_job_and_keeps_whole_lines(number: int, status: int, refusal: int, tmp_path: Path) -> None:
+    """Whatever the platform says to that: the job may just have ended."""
+
+    def answer(operation: str, job_id: str) -> Mapping[str, Any] | int:
+        if operation == "cancel":
+            return refusal
+        if job_id == "j0":
+            return whole({"audio": coded(WHOLE)})(operation, job_id)
+        return {"status": "IN_PROGRESS", "stream": []}
+
+    with endpoint(answer) as (url, asked):
+        process = speaking(tmp_path, url, "One.\nTwo.", "--lines", "-o", "a.wav")
+        wait_until(lambda: asked.count("stream j1") > 1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == status and b"error" not in err and b"Traceback" not in err, err
+    assert cancelled(asked) == ["j1"]
+    assert samples_of(tmp_path / "a.wav") == SAMPLES
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_what_is_spoken_is_heard_at_once_and_an_interrupt_waits_for_no_listener(tmp_path: Path) -> None:
+    may_go_on, num_sent = threading.Event(), 0
+
+    def answer(operation: str, _job_id: str) -> Mapping[str, Any]:
+        nonlocal num_sent
+        if operation != "stream":
+            return {}
+        if num_sent and not may_go_on.is_set():
+            return {"status": "IN_PROGRESS", "stream": []}
+        num_sent += 1
+        return {"status": "IN_PROGRESS", "stream": [piece(WHOLE, num_sent - 1)]}
+
+    with endpoint(answer) as (url, asked):
+        process = speaking(tmp_path, url, "Hello.", "-o", "-")
+        assert process.stdout is not None
+        heard = b""
+        while len(heard) < len(WHOLE):
+            heard += process.stdout.read(len(WHOLE) - len(heard))
+        assert heard == WHOLE and num_sent == 1
+        may_go_on.set()
+        wait_until(lambda: num_sent >= 3)  # more than a pipe holds
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        process.stdout.close()
+        assert process.stderr is not None and b"Traceback" not in process.stderr.read()
+        process.stderr.close()
+    assert cancelled(asked) == ["j0"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_all_is_imported_ends_it_without_a_word(number: int, status: int, tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import time\nopen('ready', 'w')\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "Hello."],
+        cwd=tmp_path,
+        env=without_ours(os.environ) | {"PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+    )
+    wait_until((tmp_path / "ready").exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (status, b"")
+
+
+# ------------------------------------------------------------------------------ this machine
+
+
+def test_this_machine_is_heard_before_it_has_spoken_all() -> None:
+    async def hear() -> bool:
+        worker = await asyncio.to_thread(Worker.load, Settings(model="draft"), local=True)
+        is_over = False
+
+        class Watched:
+            async def stream(self, job: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+                nonlocal is_over
+                async for made in worker.stream(job):
+                    yield made
+                is_over = True
+
+        try:
+            source = Here(Watched())  # type: ignore[arg-type]
+            async with contextlib.aclosing(source.speak({"text": "Hello there."}, {})) as heard:  # type: ignore[type-var]
+                async for data in heard:
+                    if data:
+                        return not is_over
+        finally:
+            worker.close()
+        return False
+
+    assert asyncio.run(hear())
 
 
 # ------------------------------------------------------------------------------ deployed workers
