@@ -321,32 +321,32 @@ class _Batch:
 
     def run(self, where: Endpoint | None, num_local: int) -> int:
         """The exit code."""
-        from scripts.batch.local import DEFAULT_MODEL, kept_in, local_endpoint  # and a web server
-
         self.folder.mkdir(parents=True, exist_ok=True)
-        is_local = where is None
-        with Manifest(self.folder) as manifest, contextlib.ExitStack() as held:
+        with Manifest(self.folder) as manifest:
             manifest.meet_input(self.source, is_meant=self.is_folder_meant)
-            if where is None:
-                if not os.environ.get("MODEL"):
-                    self.board.say(
-                        f"with the {DEFAULT_MODEL} voice; set MODEL (MODEL=nano, MODEL=turbo, …) for a real model"
-                    )
-                platform = held.enter_context(local_endpoint(num_local, self.folder))
+            if where is not None:
+                return self._run_at(where, manifest)
+            from scripts.batch.local import DEFAULT_MODEL, kept_in, local_endpoint  # and a web server, only then
+
+            if not os.environ.get("MODEL"):
+                self.board.say(f"with the {DEFAULT_MODEL} voice; MODEL=nano, MODEL=turbo, … for a real model")
+            with local_endpoint(num_local, self.folder) as platform:
                 name = f"this machine, {uuid.uuid4()}"  # whose jobs are gone with it
-                where = Endpoint(name, platform.url, platform.api_key, ends_with_us=True)
-            began_s = time.monotonic()
-            try:
-                code = asyncio.run(self._run(manifest, where))
-            except EndpointError:
-                self._write_results(manifest, time.monotonic() - began_s)
-                raise
-            finally:
-                self.board.close()
-            code = self._finish(manifest, code, time.monotonic() - began_s)
-        if is_local and self.is_all and code == 0:
-            shutil.rmtree(kept_in(self.folder), ignore_errors=True)  # nobody goes on with it
-        return code
+                code = self._run_at(Endpoint(name, platform.url, platform.api_key, ends_with_us=True), manifest)
+            if self.is_all and code == 0:
+                shutil.rmtree(kept_in(self.folder), ignore_errors=True)  # nobody goes on with it
+            return code
+
+    def _run_at(self, where: Endpoint, manifest: Manifest) -> int:
+        began_s = time.monotonic()
+        try:
+            code = asyncio.run(self._run(manifest, where))
+        except EndpointError:
+            self._write_results(manifest, time.monotonic() - began_s)
+            raise
+        finally:
+            self.board.close()
+        return self._finish(manifest, code, time.monotonic() - began_s)
 
     async def _run(self, manifest: Manifest, where: Endpoint) -> int:
         async with Client(where.url, where.key, self.limits, on_trouble=self.board.trouble) as client:
@@ -378,7 +378,7 @@ class _Batch:
             _refuse(self.checked, self.skip_bad, self.source, ())
         changes = manifest.meet(
             self.checked.rows,
-            is_all=self.is_all,
+            is_all=self.is_all and not self.checked.has_nameless,
             endpoint=where.name,
             retry_failed=self.retry_failed,
             bad_keys=self.checked.bad_keys,

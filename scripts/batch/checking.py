@@ -34,6 +34,7 @@ MAX_KEY_CHARS = 500
 MAX_TTS_CHARS = 5_000
 """A worker's own default (MAX_TEXT_CHARS): what is longer goes as `long_form`."""
 
+_MOST_MS = 1e12
 _TIMES_OF_POLICY = ("executionTimeout", "ttl")
 
 _BOOK_FORMAT = "opus"
@@ -133,12 +134,14 @@ class Checked:
     Args:
         rows: that a worker would take.
         problems: with the others.
-        bad_keys: of those of them that have a key.
+        bad_keys: of those of them that have a key ...
+        has_nameless: ... and whether there are others.
     """
 
     rows: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     bad_keys: set[str] = field(default_factory=set)
+    has_nameless: bool = False
 
 
 def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequence[str] = ()) -> Checked:
@@ -156,6 +159,7 @@ def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequenc
     for position, raw in enumerate(rows):
         if isinstance(raw, Problem):
             checked.problems.append(raw)
+            checked.has_nameless = True
             continue
         if raw.columns is not columns:
             columns = raw.columns
@@ -165,19 +169,20 @@ def check_rows(rows: Iterable[RawRow | Problem], reading: Reading, only: Sequenc
                 return checked
         key = None
         try:
-            given = _given_of(raw, reading)
-            named = _key_of(raw, reading)
-            key = named or _key_of_nameless(given, num_alike)
+            key = named = _key_of(raw, reading)
+            if key is None:
+                key = _key_of_nameless(_given_of(raw, reading), num_alike)
             if only and not any(key == each or fnmatch.fnmatchcase(key, each) for each in only):
                 continue
             keys.take(key, raw.source)
             name = None if named else f"{raw.source.line or 0:05d}-{key}"
-            row = _row(key, name, position, raw, given, reading, recordings)
+            row = _row(key, name, position, raw, reading, recordings)
             idempotency_keys.take(row.parts[0].fields.get(_IDEMPOTENCY_KEY), raw.source)
             checked.rows.append(row)
         except _Wrong as wrong:
             checked.problems.append(Problem(raw.source, str(wrong)))
             checked.bad_keys |= {key} if key is not None else set()
+            checked.has_nameless |= key is None
     return checked
 
 
@@ -238,12 +243,11 @@ def _row(
     name: str | None,
     position: int,
     raw: RawRow,
-    given: Mapping[str, Any],
     reading: Reading,
     recordings: Recordings,
 ) -> Row:
     try:
-        fields = recordings.put_in(_fields_of(given, raw, reading))
+        fields = recordings.put_in(_fields_of(raw, reading))
     except JobError as error:
         raise _Wrong(error.message) from error
     operation = fields.get("operation")
@@ -284,9 +288,12 @@ def _parts_of_book(
 def _part(fields: Mapping[str, Any], title: str | None, beside: Mapping[str, Any]) -> tuple[Part, tuple[str, ...]]:
     """A job, if a worker would take it."""
     policy = beside.get("policy", {})
-    times = [policy[name] for name in _TIMES_OF_POLICY if name in policy] if isinstance(policy, Mapping) else [None]
-    if not all(isinstance(each, int | float) and each > 0 for each in times):
+    if not (isinstance(policy, Mapping) and all(_is_time(policy.get(name, 1)) for name in _TIMES_OF_POLICY)):
         raise _Wrong("policy: expected an object, with numbers of milliseconds")
+    try:
+        json.dumps(beside, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # and half a character
+        raise _Wrong(f"what stands beside input is no JSON: {error}") from error
     if "webhook" in beside and not is_webhook(beside["webhook"]):
         raise _Wrong("webhook: expected an address with https:// or http://")
     try:
@@ -303,6 +310,11 @@ def _part(fields: Mapping[str, Any], title: str | None, beside: Mapping[str, Any
         raise _Wrong(error.message) from error
     num_chars = sum(map(len, texts))
     return Part(fields, num_chars, getattr(request, "language", "en"), title, beside), parsed.warnings
+
+
+def _is_time(value: object) -> bool:
+    """Of a policy, milliseconds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST_MS
 
 
 def is_webhook(value: object) -> bool:
@@ -334,6 +346,11 @@ def _problem_of_columns(raw: RawRow, reading: Reading) -> Problem | None:
     ]
     taken = {*mapped.values(), reading.key, *(() if reading.key else KEY_COLUMNS), *_KNOWN}
     strange = [name for name in columns if name not in taken and not _is_ignored(name, reading)]
+    wrongs += [
+        f"{name} is given by --map and by a column of its own"
+        for name in mapped
+        if name in {*columns} - {*mapped.values()} and not _is_ignored(name, reading)
+    ]
     if not {*columns, *mapped, *reading.defaults} & _SAYING:
         wrongs.append("no column holds the text: say which with --map text=COLUMN")
     if strange:
@@ -364,8 +381,9 @@ def _given_of(raw: RawRow, reading: Reading) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _fields_of(values: Mapping[str, Any], raw: RawRow, reading: Reading) -> dict[str, Any]:
+def _fields_of(raw: RawRow, reading: Reading) -> dict[str, Any]:
     """The same with what is said of all rows, of the types that the schema wants."""
+    values = _given_of(raw, reading)
     has_columns = raw.columns is not None
     operation = values.get("operation", reading.defaults.get("operation"))
     fields = {name: typed(name, text, operation) for name, text in reading.defaults.items() if name not in values}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from scripts.addresses import checked_key, checked_url, is_this_machine
 from scripts.batch import files
@@ -88,7 +88,6 @@ class Client:
 
     Raises:
         EndpointError: for an address that would show the key on its way, and a key that is none.
-
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class Client:
             DownloadError: it cannot be had. The message does not hold the address, which may be a secret.
         """
         try:
-            async for attempt in self._attempts("download", patience_s=min(self._patience_s, DOWNLOAD_PATIENCE_S)):
+            async for attempt in self._attempts("download", lambda: min(self._patience_s, DOWNLOAD_PATIENCE_S)):
                 with attempt:
                     return await self._download(url, path, max_bytes)
         except (_Passing, Refused) as error:
@@ -175,17 +174,20 @@ class Client:
     # ------------------------------------------------------------------------------
 
     async def _ask(self, operation: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        patience_s = self._patience_s if self._has_answered else min(self._patience_s, FIRST_PATIENCE_S)
         try:
-            async for attempt in self._attempts(operation, patience_s):
+            async for attempt in self._attempts(operation, self._patience_now_s):
                 with attempt:
                     await self._buckets[operation].take()
                     return await self._answer(operation, method, path, body)
         except _Passing as error:
+            patience_s = self._patience_now_s()
             raise EndpointError(f"{self._url}: {operation}: gave up after {patience_s:g} s: {error}") from error
         raise AssertionError("unreachable")
 
-    def _attempts(self, operation: str, patience_s: float) -> AsyncRetrying:
+    def _patience_now_s(self) -> float:
+        return self._patience_s if self._has_answered else min(self._patience_s, FIRST_PATIENCE_S)
+
+    def _attempts(self, operation: str, patience_s: Callable[[], float]) -> AsyncRetrying:
         backoff = wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT_S)
 
         def wait(state: RetryCallState) -> float:
@@ -198,7 +200,7 @@ class Client:
         return AsyncRetrying(
             retry=retry_if_exception_type(_Passing),
             wait=wait,
-            stop=stop_after_delay(patience_s),
+            stop=lambda state: (state.seconds_since_start or 0.0) >= patience_s(),
             before_sleep=tell,
             reraise=True,
         )

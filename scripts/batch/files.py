@@ -51,7 +51,7 @@ def finish(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not there."""
     with writing(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "replace"))  # what a worker says may hold half a character
     finish(path)
 
 

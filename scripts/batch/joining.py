@@ -15,7 +15,7 @@ from typing import Any
 
 from scripts.batch import files
 
-SUFFIX, LIST_SUFFIX = ".m4b", ".m3u8"
+M4B, LIST_SUFFIX = ".m4b", ".m3u8"
 SUBTITLES = (".srt", ".vtt")
 _BIT_RATE = 64_000
 """Of AAC in mono: transparent for speech at 24 kHz, some 29 MB an hour."""
@@ -56,7 +56,7 @@ def can_join() -> bool:
 
 def joined_suffix() -> str:
     """What a book becomes here."""
-    return SUFFIX if can_join() else LIST_SUFFIX
+    return M4B if can_join() else LIST_SUFFIX
 
 
 def join_book(
@@ -95,7 +95,7 @@ def join_book(
     files.write_text(playlist, _playlist(parts, durations_s, target.parent, about))
     if not can_join():
         return playlist
-    path = target.with_name(target.name + SUFFIX)
+    path = target.with_name(target.name + M4B)
     import av
 
     with files.writing(path):

@@ -16,7 +16,7 @@ _TIMEOUT_S = 86_400.0
 
 def kept_in(folder: Path) -> Path:
     """Where workers keep what they did, for a run that goes on: all audio once more."""
-    return folder / ".work"
+    return folder / ".batch-work"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import itertools
 import json
 import sqlite3
 import uuid
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -33,7 +33,7 @@ FILE = "batch.sqlite"
 
 WAITING, SENT, WRITTEN, DONE, FAILED = "waiting", "sent", "written", "done", "failed"
 
-_VERSION = "1"
+_VERSION = "2"
 _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE rows (
@@ -147,7 +147,7 @@ class Manifest:
             self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
         execute("COMMIT")
         if self._about("version") != _VERSION:
-            raise sqlite3.DatabaseError("it is of another version")
+            raise BatchError(f"{self._folder} holds a batch of another version of this program; say another --out")
 
     def _about(self, name: str) -> str:
         return str(self._database.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()[0])
@@ -215,7 +215,7 @@ class Manifest:
                 self._abandon(task)
                 self.note_waiting(task)
 
-    def _meet_row(self, row: Row, is_new: bool, foreign: Container[str], changes: Changes) -> None:
+    def _meet_row(self, row: Row, is_new: bool, foreign: Set[str], changes: Changes) -> None:
         if is_new:
             changes.new.append(row.key)
             stem = self._free_stem(row.name or row.key, row.key, foreign)
@@ -247,10 +247,10 @@ class Manifest:
         if task.state == SENT:
             self._database.execute("INSERT OR IGNORE INTO abandoned VALUES (?)", (task.job_id,))
 
-    def _free_stem(self, name: str, key: str, foreign: Container[str]) -> str:
+    def _free_stem(self, name: str, key: str, foreign: Set[str]) -> str:
         """A name for files of which there are none: what a user has in the folder is not written over."""
         stem, number = names.stem_of(name), 1
-        while names.folded(stem) in foreign or self._is_taken(stem):
+        while self._is_taken(stem) or not foreign.isdisjoint(map(names.folded, (stem, stem + names.PARTS))):
             stem, number = names.distinct_stem_of(key, number), number + 1
         return stem
 
@@ -337,6 +337,11 @@ class Manifest:
     def note_failed(self, task: Task, code: str, message: str) -> None:
         task.state, task.job_id, task.error_code, task.error = FAILED, None, code, message
         self._note(task, "state", "job_id", "error_code", "error", "worker_s")
+
+    def forget_joined(self, key: str) -> None:
+        """A row that was a text in parts, and is not any more."""
+        update = "UPDATE rows SET joined = NULL, joined_of = NULL, join_error = NULL WHERE key = ?"
+        self._database.execute(update, (key,))
 
     def note_joined(self, key: str, file: str, digest: str) -> None:
         update = "UPDATE rows SET joined = ?, joined_of = ?, join_error = NULL WHERE key = ?"

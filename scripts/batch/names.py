@@ -9,6 +9,9 @@ import unicodedata
 MAX_STEM_BYTES = 120
 """File systems take 255 bytes; there is an extension behind, and a book's parts have a number before it."""
 
+PARTS = "-parts"
+"""Behind the name of a folder with a text's parts: no file of another row is called so."""
+
 _UNSAFE = re.compile(r"[^\w.-]+")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])", re.IGNORECASE)
 """Names that Windows keeps for devices, whatever extension stands behind them."""

@@ -21,8 +21,8 @@ OPEN = ("IN_QUEUE", "IN_PROGRESS")
 NO_RESULT, EXPIRED = "no_result", "expired"
 """Our own codes: a job that ended well without a result, and one that the platform has forgotten. Both may pass."""
 
-JOIN_FAILED = "join_failed"
-"""Of ours too: the parts of a text are there, and could not be made one file."""
+JOIN_FAILED, FILE_EXISTS = "join_failed", "file_exists"
+"""Of ours too: the parts of a text are there, and could not be made one file; the audio's name is taken."""
 
 _SPREAD = ("chunks", "subtitles", "voices")
 _OF_A_PIECE = ("seq", "final", "audio", "chunks_done", "chunks_total")

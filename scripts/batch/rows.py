@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import collections
 import contextlib
 import csv
@@ -110,7 +111,7 @@ def read_rows(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
 def _check_encoding(encoding: str) -> None:
     try:
         b"".decode(encoding)
-        is_of_text = isinstance("".encode(encoding), bytes)
+        is_of_text = codecs.lookup(encoding).name not in ("idna", "punycode")  # of names on the net
     except (LookupError, UnicodeError):
         is_of_text = False
     if not is_of_text:

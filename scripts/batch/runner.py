@@ -18,9 +18,9 @@ from scripts.batch.board import Board
 from scripts.batch.checking import Part, Row
 from scripts.batch.client import Client, DownloadError, Refused
 from scripts.batch.errors import EndpointError
-from scripts.batch.joining import SUBTITLES, AudioPart, JoinError, Stopped, join_book, joined_suffix
+from scripts.batch.joining import LIST_SUFFIX, M4B, SUBTITLES, AudioPart, JoinError, Stopped, join_book, joined_suffix
 from scripts.batch.manifest import DONE, SENT, WAITING, WRITTEN, Manifest, Task, digest_of
-from scripts.batch.outcomes import NO_RESULT, OF_THE_ENDPOINT, Failure, Outcome
+from scripts.batch.outcomes import FILE_EXISTS, NO_RESULT, OF_THE_ENDPOINT, Failure, Outcome
 from scripts.batch.polling import Ended, ended
 from scripts.wav import finish_sizes
 
@@ -32,8 +32,6 @@ _GRACE_S = 5.0
 """For so long what is being sent when a run is stopped may take to be answered."""
 
 _MAX_USELESS = 3
-_PARTS = "-parts"
-"""Behind the name of a folder with a text's parts: no file of another row is called so."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +218,8 @@ class Runner:
         """Put a result's audio on disk, then note it; a failure where that is not to be had."""
         file = self._file_of(task, result)
         path = self._folder / file
+        if file != task.file and path.exists() and not self._rows[task.key].is_book:  # its folder is the batch's
+            return Failure(FILE_EXISTS, f"{file} is there and is not of this batch; move it away", False)
         try:
             num_bytes = await self._write(path, end, result)
         except DownloadError as error:
@@ -237,6 +237,8 @@ class Runner:
             (self._folder / before).unlink(missing_ok=True)
             if (self._folder / before).with_suffix("") != path.with_suffix(""):
                 self._remove_subtitles(self._folder / before)
+        if not self._rows[task.key].is_book:
+            self._remove_joined(task.key)
         self._num_done += 1
         self._board.done(task)
         return None
@@ -254,6 +256,15 @@ class Runner:
         for suffix in SUBTITLES:
             if suffix != but:
                 path.with_suffix(suffix).unlink(missing_ok=True)
+
+    def _remove_joined(self, key: str) -> None:
+        """What the row's text was while it went in parts. Those stay."""
+        if self._manifest.joined(key).of is None:
+            return
+        stem = self._folder / self._manifest.stem(key)
+        for suffix in (M4B, LIST_SUFFIX):
+            stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+        self._manifest.forget_joined(key)
 
     async def _write(self, path: Path, end: Ended, result: Mapping[str, Any]) -> int:
         """The audio's number of bytes; 0 for none. It lies under its temporary name."""
@@ -273,7 +284,7 @@ class Runner:
         if not self._rows[task.key].is_book:
             return f"{stem}.{suffix}"
         title = self._part(task).title
-        return f"{stem}{_PARTS}/{task.part + 1:03d}{f'-{names.stem_of(title)}' if title else ''}.{suffix}"
+        return f"{stem}{names.PARTS}/{task.part + 1:03d}{f'-{names.stem_of(title)}' if title else ''}.{suffix}"
 
     # ------------------------------------------------------------------------------ books
 
@@ -322,7 +333,7 @@ def _told(result: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     warnings, timings, duration_s = (result.get(name) for name in ("warnings", "timings", "duration_s"))
     kept["warnings"] = [each for each in warnings if isinstance(each, str)] if isinstance(warnings, list) else []
     kept["timings"] = timings if isinstance(timings, dict) else {}
-    kept["duration_s"] = float(duration_s) if isinstance(duration_s, int | float) else 0.0
+    kept["duration_s"] = float(duration_s) if isinstance(duration_s, int | float) and 0 <= duration_s < 1e9 else 0.0
     return {**kept, "platform": {"wait_s": outcome.wait_s, "worker_s": outcome.worker_s}}
 
 

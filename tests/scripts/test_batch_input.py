@@ -267,13 +267,31 @@ def test_recordings_of_this_machine_go_along_and_new_ones_make_a_row_another(tmp
         assert [base64.b64decode(fields["reference_audio"]) for fields in fleet.asked] == [b"one", b"two"]
 
 
+def test_of_rows_that_are_not_wanted_nothing_is_wrong(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"key": "a", "s": "Hello."}\n{"key": "b", "x": "y"}\n')
+    assert run(source, "--dry-run", "--map", "text=s", "--only", "a").returncode == 0
+    assert run(source, "--dry-run", "--map", "text=s").returncode == 2
+
+
 def test_each_problem_of_the_columns_is_told_once(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.csv", [{"No": str(number), "Sentence": "Hi."} for number in range(100)])
     done = run(source, "--dry-run", "--map", "text=Sentence")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
 
 
-@pytest.mark.parametrize("policy", ['{"ttl": NaN}', '{"ttl": "soon"}', '{"executionTimeout": -1}', "[]"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        '{"ttl": NaN}',
+        '{"ttl": 1e999}',
+        '{"ttl": true}',
+        '{"x": "\\ud800"}',
+        '{"ttl": "soon"}',
+        '{"executionTimeout": -1}',
+        "[]",
+    ],
+)
 def test_a_policy_that_the_platform_would_not_take_is_told(tmp_path: Path, policy: str) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"input": {"text": "Hi."}, "policy": ' + policy + "}\n")

@@ -47,7 +47,7 @@ def test_the_example_becomes_audio_files_on_this_machine(tmp_path: Path) -> None
     done = run_apart(EXAMPLE, "--local", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = results(tmp_path)
-    assert "with the draft voice" in done.stderr and not (tmp_path / ".work").exists()
+    assert "with the draft voice" in done.stderr and not (tmp_path / ".batch-work").exists()
     with EXAMPLE.open(encoding="utf-8") as file:
         assert list(rows) == [row["key"] for row in csv.DictReader(file)]
     for row in rows.values():
@@ -394,16 +394,46 @@ def test_what_failed_before_is_told_even_when_all_else_is_not(tmp_path: Path) ->
 def test_files_that_are_not_of_the_batch_are_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    theirs = [out / name for name in ("row-0.wav", "Row-1.srt", "long.srt", "long.m3u8", "long.m4b")]
+    names = ("row-0.wav", "Row-1.srt", "long.srt", "long.m4b", ".work/x", "longer-parts/002-Part-2.opus")
+    theirs = [out / name for name in names]
     for path in theirs:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     long = "This is a sentence of a text that goes in parts. " * 110
-    source = write_rows(tmp_path / "rows.csv", [*texts(2), {"key": "long", "text": long}])
+    rows = [*texts(2), {"key": "long", "text": long}, {"key": "longer", "text": long}]
+    source = write_rows(tmp_path / "rows.csv", rows)
     with fleet_of() as fleet:
         for _ in range(2):
             on(fleet, source, "--out", out, "--part-chars", 3000, "--set", "subtitles=srt")
     assert {path.read_text() for path in theirs} == {"mine"}
     assert audio_of(out, "row-0") == b"None: This is sentence number 0."
+
+
+def test_audio_whose_new_name_is_taken_fails_until_that_is_moved_away(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(1)), tmp_path / "out"
+    with fleet_of() as fleet:
+        assert on(fleet, source, "--out", out).returncode == 0
+        (out / "row-0.mp3").write_text("mine")
+        assert on(fleet, source, "--out", out, "--set", "output_format=mp3").returncode == 1
+        assert (out / "row-0.mp3").read_text() == "mine" and results(out)["row-0"]["error_code"] == "file_exists"
+        (out / "row-0.mp3").unlink()
+        assert on(fleet, source, "--out", out, "--set", "output_format=mp3", "--retry-failed").returncode == 0
+        assert audio_files(out) == {"row-0.mp3"} and set(fleet.made.values()) == {1}
+
+
+def test_a_text_that_went_in_parts_and_does_not_any_more_leaves_no_book(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    long = "This is a sentence of a text that goes in parts. " * 110
+    source, out = tmp_path / "rows.csv", tmp_path / "out"
+    soundfile.write(tmp_path / "sound.wav", [0.1] * 4_800, 24_000)
+    audio = base64.b64encode((tmp_path / "sound.wav").read_bytes()).decode()
+    with fleet_of() as fleet:
+        fleet.answer = lambda fields: {**spoken(fields), "audio": audio, "format": "wav"}
+        for text in (long, "Short.", long):
+            write_rows(source, [{"key": "a", "text": text}])
+            on(fleet, source, "--out", out, "--part-chars", 3000)
+            assert {path.name for path in out.glob("a.*")} == ({"a.wav"} if text == "Short." else {"a.m4b", "a.m3u8"})
+            assert len(results(out)["a"].get("parts", ())) == (0 if text == "Short." else 2)
 
 
 def test_a_row_without_a_key_is_the_same_whatever_stands_in_columns_that_are_ignored(tmp_path: Path) -> None:
@@ -427,6 +457,8 @@ def test_a_row_that_was_done_and_is_bad_now_is_not_gone(tmp_path: Path) -> None:
         done = on(fleet, source, "--out", out, "--skip-bad")
         assert done.returncode == 1 and "not in the input" not in done.stderr
         assert "1 of 1 rows done, left out for 1 problem" in done.stderr and list(results(out)) == ["row-0", "row-1"]
+        source.write_bytes(b"key,text\nrow-1,This is sentence number 1.\nrow-0,\xff\n")
+        assert "not in the input" not in on(fleet, source, "--out", out, "--skip-bad").stderr, "row-0 may be that line"
         write_rows(source, texts(2)[1:])
         assert "not in the input any more" in on(fleet, source, "--out", out).stderr and list(results(out)) == ["row-1"]
 
@@ -510,7 +542,12 @@ def test_what_was_too_much_once_is_not_tried_by_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", [{"warnings": None, "timings": None, "duration_s": "x"}, {"error": "half \ud83d", "error_code": "\ud83d"}]
+    "odd",
+    [
+        {"warnings": None, "timings": None, "duration_s": "x", "subtitles": "half \ud83d"},
+        {"duration_s": 10**400},
+        {"error": "half \ud83d", "error_code": "\ud83d"},
+    ],
 )
 def test_odd_results_end_no_run(tmp_path: Path, odd: dict[str, Any]) -> None:
     source, out = write_rows(tmp_path / "rows.csv", texts(2)), tmp_path / "out"
