@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 # Before anything imports torch: on tiny models a second thread costs more than it brings, and sums in a
 # fixed order make a failure repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Whoever runs the tests in the background (nohup, a script's `&`) has these ignored, and so would programs have that
+# tests start and interrupt. A handler is not handed on to them, and this one ignores the signal all the same.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
