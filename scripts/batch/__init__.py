@@ -7,7 +7,7 @@ goes on. What may have been taken without an answer is sent again under the same
     rows.py       a file's rows before they are checked: CSV, JSONL, texts, books
     epub.py       a book's chapters                        books.py      cut into parts that one job each can speak
     checking.py   rows → jobs, or what is wrong with them  voices.py     are the voices that rows name there?
-    names.py      file names from keys
+    names.py      file names from keys                     recordings.py voices of rows, looked at and put in
     manifest.py   what is done, on disk                    files.py      audio files that are whole or not there
     rates.py      no more requests than the platform takes
     client.py     the platform's HTTP, with patience       outcomes.py   what a job's end means
