@@ -26,6 +26,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".epub", *TEXT_SUFFIXES)
 MAX_TEXT_BYTES = 64_000_000
 """Of one text; what is larger is no text that anybody wants spoken."""
 
+_OF_NAMES = ("idna", "punycode")  # encodings of names in the net
 _MAX_CELL_CHARS = 20_000_000
 _DELIMITERS = ",;\t|"
 _BESIDE_INPUT = ("webhook", "policy", "s3Config")
@@ -110,8 +111,8 @@ def read_rows(path: Path, encoding: str) -> Iterator[RawRow | Problem]:
 
 def _check_encoding(encoding: str) -> None:
     try:
-        b"".decode(encoding)
-        is_of_text = codecs.lookup(encoding).name not in ("idna", "punycode")  # of names on the net
+        "a".encode(encoding)  # refused of those that are not of text
+        is_of_text = codecs.lookup(encoding).name not in _OF_NAMES
     except (LookupError, UnicodeError):
         is_of_text = False
     if not is_of_text:
