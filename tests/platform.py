@@ -119,6 +119,11 @@ class Platform(LocalPlatform):
         wait_until(lambda: self.status(job_id)["status"] not in ("IN_QUEUE", "IN_PROGRESS"))
         return self.status(job_id)
 
+    def has_jobs(self, place: LocalWorker) -> bool:
+        """Whether the process in a place was given jobs that have not ended."""
+        worker = self._endpoint.workers.get(place.pod_id)
+        return worker is not None and bool(worker.jobs)
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until something that came from the worker makes `condition` true."""
         with self._news:

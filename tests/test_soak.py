@@ -168,7 +168,7 @@ class Run:
         folder: for logs, temporary files and what long jobs keep.
         settings: the workers'.
         num_jobs: how many.
-        dies_at: at how many answered jobs.
+        dies_at: from how many answered jobs on, as soon as it has one.
     """
 
     folder: Path
@@ -186,12 +186,17 @@ class Run:
             wait_until(lambda: platform.ask("GET", "health")["workers"]["ready"] == 2)
             platform.fault = bad = BadMoments()
 
+            left, lock = sorted(self.dies_at), threading.Lock()
+
             def note(num_answered: int) -> None:
                 self.weights_mb[num_answered] = rss_mb(lives)
-                if num_answered in self.dies_at:
-                    dies.kill()
+                with lock:
+                    if left and num_answered >= left[0] and platform.has_jobs(dies):
+                        del left[0]
+                        dies.kill()
 
             answers = ask_all(platform, self.num_jobs, note)
+            assert not left, "it has not died"
             assert len(bad.kinds) == BadMoments.NUM_KINDS, bad.kinds
             wait_until(lambda: platform.ask("GET", "health")["jobs"]["inProgress"] == 0)
         return answers, platform
