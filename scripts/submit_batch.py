@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import typer  # noqa: E402
 
 from scripts.addresses import checked_key, checked_url  # noqa: E402
-from scripts.batch import costs, report  # noqa: E402
+from scripts.batch import costs  # noqa: E402
 from scripts.batch.board import Board, Style  # noqa: E402
 from scripts.batch.checking import Checked, Reading, Row, check_rows, is_webhook  # noqa: E402
 from scripts.batch.client import Client, Refused  # noqa: E402
@@ -40,6 +40,7 @@ from scripts.batch.interrupts import EXIT_CODE as INTERRUPTED  # noqa: E402
 from scripts.batch.interrupts import Interrupts, OnInterrupt, asked_about_jobs  # noqa: E402
 from scripts.batch.manifest import Changes, Manifest  # noqa: E402
 from scripts.batch.rates import limits_of  # noqa: E402
+from scripts.batch.report import FILE as RESULTS  # noqa: E402
 from scripts.batch.report import Summary, write_results  # noqa: E402
 from scripts.batch.rows import Problem, read_rows  # noqa: E402
 from scripts.batch.runner import Policy, Runner  # noqa: E402
@@ -231,7 +232,7 @@ def _check_folder(folder: Path, source: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise BatchError(f"--out {folder}: expected a folder")
-    if source.resolve() == (folder / report.FILE).resolve():
+    if source.resolve() == (folder / RESULTS).resolve():
         raise BatchError(f"{source} is where the results would be written; say --out with another folder")
 
 

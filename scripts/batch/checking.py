@@ -246,6 +246,7 @@ def _row(
     reading: Reading,
     recordings: Recordings,
 ) -> Row:
+    _check_beside(raw.beside)
     try:
         fields = recordings.put_in(_fields_of(raw, reading))
     except JobError as error:
@@ -285,8 +286,8 @@ def _parts_of_book(
     return tuple(parts), tuple(dict.fromkeys(warnings))
 
 
-def _part(fields: Mapping[str, Any], title: str | None, beside: Mapping[str, Any]) -> tuple[Part, tuple[str, ...]]:
-    """A job, if a worker would take it."""
+def _check_beside(beside: Mapping[str, Any]) -> None:
+    """Refuse what the platform would not take beside a job's input."""
     policy = beside.get("policy", {})
     if not (isinstance(policy, Mapping) and all(_is_time(policy.get(name, 1)) for name in _TIMES_OF_POLICY)):
         raise _Wrong("policy: expected an object, with numbers of milliseconds")
@@ -296,6 +297,10 @@ def _part(fields: Mapping[str, Any], title: str | None, beside: Mapping[str, Any
         raise _Wrong(f"what stands beside input is no JSON: {error}") from error
     if "webhook" in beside and not is_webhook(beside["webhook"]):
         raise _Wrong("webhook: expected an address with https:// or http://")
+
+
+def _part(fields: Mapping[str, Any], title: str | None, beside: Mapping[str, Any]) -> tuple[Part, tuple[str, ...]]:
+    """A job, if a worker would take it."""
     try:
         parsed = parse_job({"input": fields, **beside})
         request = parsed.request

@@ -132,6 +132,9 @@ class Manifest:
         except sqlite3.DatabaseError as error:
             self._database.close()
             raise BatchError(f"{folder / FILE} is no manifest of a batch: {error}") from error
+        except BatchError:
+            self._database.close()
+            raise
         self.id = self._about("id")
 
     def _open(self) -> None:

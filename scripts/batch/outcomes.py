@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.streaming import join
+
 MAY_PASS = frozenset(
     ["timed_out", "out_of_memory", "storage_failed", "download_failed", "cancelled", "generation_failed", "internal"]
 )
@@ -23,9 +25,6 @@ NO_RESULT, EXPIRED = "no_result", "expired"
 
 JOIN_FAILED, FILE_EXISTS = "join_failed", "file_exists"
 """Of ours too: the parts of a text are there, and could not be made one file; the audio's name is taken."""
-
-_SPREAD = ("chunks", "subtitles", "voices")
-_OF_A_PIECE = ("seq", "final", "audio", "chunks_done", "chunks_total")
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,8 @@ class Pieces:
         self._num += 1
         try:
             self.audio.append(base64.b64decode(piece.get("audio") or "", validate=True))
-        except (ValueError, TypeError):
-            self.failure = Failure(NO_RESULT, "a piece of the stream holds no base64", True)
+            join(self.result, piece)
+        except (ValueError, TypeError):  # no base64, or parts of a field that are of two kinds
+            self.failure = Failure(NO_RESULT, "a piece of the stream came damaged", True)
             return
-        for name, value in piece.items():
-            if name in _SPREAD and name in self.result:
-                self.result[name] = self.result[name] + value
-            elif name not in _OF_A_PIECE:
-                self.result[name] = value
         self.is_whole = bool(piece.get("final"))

@@ -80,9 +80,8 @@ def write_results(manifest: Manifest, folder: Path, keys: Container[str], rates:
         lines.append(json.dumps(line, ensure_ascii=False))
     summary.usd = rates.usd(summary.worker_s)
     text = "".join(f"{line}\n" for line in lines)
-    files.write_text(
-        folder / FILE, text.encode("utf-8", "backslashreplace").decode()
-    )  # half a character: as JSON has it
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a character is written as JSON writes it
+    files.write_text(folder / FILE, text)
     return summary
 
 

@@ -13,7 +13,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from aiohttp.typedefs import Handler
 from scripts.local_platform.web import operation_of
 from tests.scripts.batches import ROOT, at, command, environment, on, results, run, start, texts, write_rows
 from tests.scripts.fleet import Fleet, fleet_of, spoken
+from tests.scripts.serving import Silent, serving
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 CURSOR_ON, CURSOR_OFF = "\x1b[?25h", "\x1b[?25l"
@@ -319,23 +319,14 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """An address, and what came to it."""
     told: list[dict[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Told(Silent):
+        def answer(self) -> None:
             told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Not of interest."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/told?of=me", told
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Told) as url:
+        yield f"{url}/told?of=me", told
 
 
 def speak_or_fail(fields: dict[str, Any]) -> dict[str, Any]:

@@ -438,9 +438,11 @@ def test_pieces_are_joined_in_order_and_a_gap_is_found() -> None:
         pieces.add(each)
     assert pieces.is_whole and b"".join(pieces.audio) == b"abc"
     assert pieces.result["chunks"] == [1, 2] and pieces.result["seed"] == 7
-    broken = Pieces()
-    broken.add({"seq": 0, "audio": "no base64!", "format": "mp3"})
-    assert broken.failure is not None and broken.failure.may_pass
+    for damaged in (piece(1, chunks=None), {**piece(1), "audio": "no base64!"}, {**piece(1), "audio": 7}):
+        broken = Pieces()
+        for each in (piece(0, chunks=[1]), damaged):
+            broken.add(each)
+        assert broken.failure is not None and broken.failure.may_pass and not broken.is_whole
     gap = Pieces()
     gap.add(piece(0, b"a"))
     gap.add(piece(2, b"c", final=True))

@@ -19,7 +19,6 @@ import wave
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from scripts.speaker.reading import read_all, read_lines
 from scripts.speaker.sinks import OneWav, Sink, SinkError, Speakers, file_sink, write
 from scripts.speaker.sources import Here, SpeakingError, There
 from tests.platform import Platform, wait_until, without_ours
+from tests.scripts.serving import Silent, serving
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "speak.py"
 HANDLER = SCRIPT.parents[1] / "handler.py"
@@ -494,20 +494,13 @@ def listening() -> Iterator[tuple[str, list[str]]]:
     """The address of a server that takes no key, and what it was asked."""
     asked: list[str] = []
 
-    class Refusing(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Refusing(Silent):
+        def answer(self) -> None:
             asked.append(self.path)
             self.send_error(401)
 
-        def log_message(self, *_: object) -> None:
-            """Nothing on standard error."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
+    with serving(Refusing) as url:
+        yield url, asked
 
 
 def test_a_key_for_this_machine_is_not_shown_to_a_proxy(tmp_path: Path) -> None:
@@ -544,8 +537,8 @@ def endpoint(answer: Answer) -> Iterator[tuple[str, list[str]]]:
     asked: list[str] = []
     jobs: list[str] = []
 
-    class Answering(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Answering(Silent):
+        def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             operation, _, job_id = self.path.removeprefix("/ep/").partition("/")
             if operation == "run":
@@ -561,18 +554,8 @@ def endpoint(answer: Answer) -> Iterator[tuple[str, list[str]]]:
             with contextlib.suppress(OSError):
                 self.wfile.write(data)
 
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            """Nothing on standard error."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
+    with serving(Answering) as url:
+        yield url, asked
 
 
 def coded(data: bytes) -> str:

@@ -13,7 +13,6 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from tests.scripts.batches import (
 )
 from tests.scripts.books import write_epub
 from tests.scripts.fleet import LIMITS, Fleet, fleet_of, spoken
+from tests.scripts.serving import Silent, serving
 
 # ------------------------------------------------------------------------------------------- with real workers
 
@@ -166,6 +166,17 @@ def test_two_runs_in_one_folder_do_not_work_at_once(tmp_path: Path) -> None:
             second = on(fleet, source, "--out", out)
         assert second.returncode == 2 and "another run is at work in this folder" in second.stderr
         assert not fleet.asked
+
+
+def test_a_folder_of_another_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "rows.csv", texts(1)), tmp_path / "out"
+    with fleet_of() as fleet:
+        assert on(fleet, source, "--out", out).returncode == 0
+        with contextlib.closing(sqlite3.connect(out / "batch.sqlite", isolation_level=None)) as database:
+            database.execute("UPDATE about SET value = '1' WHERE name = 'version'")
+        for _ in range(2):  # nor does the first try keep the lock
+            done = on(fleet, source, "--out", out, "--retry-failed")
+            assert done.returncode == 2 and "of another version" in done.stderr and len(fleet.asked) == 1
 
 
 def test_a_job_that_the_platform_has_forgotten_is_sent_again_under_the_same_key(tmp_path: Path) -> None:
@@ -578,20 +589,9 @@ def test_parts_that_are_no_audio_are_no_book(tmp_path: Path) -> None:
     assert results(out)["long"]["error_code"] == "join_failed"
 
 
-def test_an_account_that_cannot_pay_ends_the_run(tmp_path: Path, paying: Callable[[], str]) -> None:
-    source = write_rows(tmp_path / "rows.csv", texts(50))
-    arguments = ("--api-url", paying(), "--endpoint", "x", "--no-check-voices", "--out", tmp_path / "out")
-    done = run(source, *arguments, "--in-flight", 1, RUNPOD_API_KEY="k")
-    assert done.returncode == 1 and "cannot pay" in done.stderr and "out of credit" in done.stderr
-    assert {row["state"] for row in results(tmp_path / "out").values()} == {"open"}
-
-
-@pytest.fixture
-def paying() -> Iterator[Callable[[], str]]:
-    """An address that wants money."""
-
-    class Till(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+def test_an_account_that_cannot_pay_ends_the_run(tmp_path: Path) -> None:
+    class Till(Silent):
+        def answer(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             body = json.dumps({"error": "out of credit"}).encode()
             self.send_response(402)
@@ -599,13 +599,12 @@ def paying() -> Iterator[Callable[[], str]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Till) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield lambda: f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    source = write_rows(tmp_path / "rows.csv", texts(50))
+    with serving(Till) as url:
+        arguments = ("--api-url", url, "--endpoint", "x", "--no-check-voices", "--out", tmp_path / "out")
+        done = run(source, *arguments, "--in-flight", 1, RUNPOD_API_KEY="k")
+    assert done.returncode == 1 and "cannot pay" in done.stderr and "out of credit" in done.stderr
+    assert {row["state"] for row in results(tmp_path / "out").values()} == {"open"}
 
 
 def test_a_full_disk_ends_the_run_with_a_word(tmp_path: Path) -> None:
@@ -664,10 +663,10 @@ def bucket() -> Iterator[Callable[[bytes], str]]:
     """Gives an address at which some bytes lie; every other request of it fails."""
     data: list[bytes] = []
 
-    class Bucket(BaseHTTPRequestHandler):
+    class Bucket(Silent):
         num_requests = 0
 
-        def do_GET(self) -> None:
+        def answer(self) -> None:
             assert "Authorization" not in self.headers, "the key is for the platform only"
             Bucket.num_requests += 1
             if Bucket.num_requests % 2:
@@ -681,18 +680,13 @@ def bucket() -> Iterator[Callable[[bytes], str]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(Bucket) as url:
 
         def put(body: bytes) -> str:
             data.append(body)
-            return f"http://127.0.0.1:{server.server_port}/{len(data) - 1}"
+            return f"{url}/{len(data) - 1}"
 
         yield put
-        server.shutdown()
 
 
 def test_audio_in_a_bucket_is_fetched_up_to_a_size(tmp_path: Path, bucket: Callable[[bytes], str]) -> None:
